@@ -1,0 +1,78 @@
+# `make demo` and `make test` are all that is needed; both set up .venv first, where that is missing.
+# Python 3.11 or later and make are assumed; with a C++20 compiler the compiled backend is built too.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+CXX_FILES    = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS = setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
+
+# The demo: the same small ResNet on handwritten digits, dense and sparse.
+DEMO_DENSE  = $(BIN)/granet train --method dense --output runs/demo --experiment dense
+DEMO_GRANET = $(BIN)/granet train --method granet --sparsity 0.9 --initial-sparsity 0.5 --output runs/demo --experiment granet
+DEMO_REPORT = $(BIN)/granet report runs/demo/dense runs/demo/granet
+
+.PHONY: help setup demo say-demo test say-test lint format clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train a dense and a 90 % sparse network on handwritten digits, and compare them"
+	@echo "make test     check style and types, run all tests"
+	@echo "make lint     check style and types only"
+	@echo "make format   rewrite the sources in the project's style"
+	@echo "make setup    create $(VENV) and install everything into it (the others do this by themselves)"
+	@echo "make clean    remove $(VENV), build products and caches; results in runs/ stay"
+
+demo: say-demo $(VENV)/installed
+	rm -rf runs/demo
+	$(DEMO_DENSE)
+	$(DEMO_GRANET)
+	@$(DEMO_REPORT)
+
+say-demo:
+	@echo "make demo: set up $(VENV) where it is missing; train a small ResNet on scikit-learn's handwritten digits,"
+	@echo "dense and then with GraNet from 50 % to 90 % sparsity; compare the two in a table. Results: runs/demo."
+
+test: say-test lint
+	@$(BIN)/python -m pytest
+
+say-test:
+	@echo "make test: set up $(VENV) where it is missing; check style and types; build and run all tests."
+
+lint: $(VENV)/installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(BIN)/mypy
+
+format: $(VENV)/installed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+setup: $(VENV)/installed
+
+# The project itself, editable; compiled again whenever a native source changes.
+$(VENV)/installed: $(VENV)/dependencies $(BUILD_INPUTS)
+	@echo "Set-up 2/2: building and installing granet_kernels and granet, with the tools for tests and training"
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python csrc/toolchain.py || \
+	  echo "NOTE: no C++20 compiler, so only the slow reference backend is installed; install g++ and repeat."
+	@touch $@
+
+# What the build needs beforehand: it compiles against the torch that is installed.
+$(VENV)/dependencies: constraints.txt
+	@echo "Set-up 1/2: creating $(VENV) and installing PyTorch (about 3 GB, some minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu, install the package python3-venv" >&2; exit 1; }
+	$(PIP) install --quiet --constraint constraints.txt torch numpy setuptools pybind11 ninja
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info granet_kernels/*.so .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

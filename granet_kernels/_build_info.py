@@ -1,0 +1,32 @@
+"""What this installation contains."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from granet_kernels.ops import backend_status
+
+
+def build_info() -> dict[str, Any]:
+    """Versions at run time, the state of every backend, and how the compiled part was built.
+
+    Returns:
+        ``python``, ``torch``: versions at run time. ``backends``: name to "available" or the reason
+        why not. ``native``: of the compiled part (compiler, standard, ABI target, CUDA toolkit);
+        None where it is absent.
+    """
+    try:
+        from granet_kernels import _native
+    except ImportError:
+        native = None
+    else:
+        native = _native.build_info()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backends": {name: reason or "available" for name, reason in backend_status().items()},
+        "native": native,
+    }

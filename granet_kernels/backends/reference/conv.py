@@ -1,0 +1,68 @@
+"""Two-dimensional convolution with a masked weight, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from granet_kernels.backends.reference.mask import mask_cast, mask_grad
+from granet_kernels.layout import conv_memory_format
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """conv2d(input, weight where active), in the dtype of the input."""
+    masked = mask_cast(weight, mask, input.dtype)
+    bias = None if bias is None else bias.to(input.dtype)
+    output = F.conv2d(input, masked, bias, stride, padding, dilation, groups)
+    return output.contiguous(memory_format=conv_memory_format(input, weight))
+
+
+def masked_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
+    masked = mask_cast(weight, mask, input.dtype)
+    bias_shape = None if bias is None else list(bias.shape)
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_output,
+        input,
+        masked,
+        bias_shape,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        needs,
+    )
+    gradients = []
+    if needs[0]:
+        gradients.append(torch.empty_like(input).copy_(grad_input))
+    if needs[1]:
+        gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
+    if needs[2] and bias is not None:
+        gradients.append(torch.empty_like(bias).copy_(grad_bias))
+    return gradients

@@ -1,0 +1,41 @@
+"""Linear layer with a masked weight, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from granet_kernels.backends.reference.mask import mask_cast, mask_grad
+
+
+def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """input @ (weight where active).T + bias, in the dtype of the input."""
+    masked = mask_cast(weight, mask, input.dtype)
+    bias = None if bias is None else bias.to(input.dtype)
+    return F.linear(input, masked, bias)
+
+
+def masked_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
+    rows = grad_output.reshape(-1, weight.size(0))
+    gradients = []
+    if needs[0]:
+        grad_input = grad_output @ mask_cast(weight, mask, input.dtype)
+        gradients.append(torch.empty_like(input).copy_(grad_input))
+    if needs[1]:
+        grad_weight = rows.t() @ input.reshape(-1, weight.size(1))
+        gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
+    if needs[2] and bias is not None:
+        gradients.append(torch.empty_like(bias).copy_(rows.sum(0)))
+    return gradients

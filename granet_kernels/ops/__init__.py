@@ -1,0 +1,60 @@
+"""The operators of namespace ``granet``: schemas, argument checks, fakes, and the backend registry.
+
+One file a family (mask, sgd, select, conv, linear), the same names as in ``backends/``. A call is
+checked whole before anything is written; then the registry says which backend computes it.
+"""
+
+from granet_kernels.ops import conv, linear, mask, registry, select, sgd
+from granet_kernels.ops.registry import (
+    Backend,
+    BackendUnavailableError,
+    available_backends,
+    backend_for,
+    backend_status,
+    operators_of,
+    register_backend,
+    selected_backend,
+    use_backend,
+)
+
+# From fastest to slowest: the order of preference where several serve a device.
+register_backend(Backend(name="cpp", module="granet_kernels.backends.cpp", devices=("cpu",)))
+register_backend(
+    Backend(name="reference", module="granet_kernels.backends.reference", devices=None)
+)
+registry.select_from_environment()
+
+OPERATORS = (
+    "pack_mask",
+    "unpack_mask",
+    "count_active",
+    "zero_inactive_",
+    "mask_cast",
+    "mask_grad",
+    "masked_sgd_",
+    "prune_",
+    "drop_regrow_",
+    "topk_mask",
+    "masked_conv2d",
+    "masked_conv2d_backward",
+    "masked_linear",
+    "masked_linear_backward",
+)
+
+__all__ = [
+    "OPERATORS",
+    "Backend",
+    "BackendUnavailableError",
+    "available_backends",
+    "backend_for",
+    "backend_status",
+    "conv",
+    "linear",
+    "mask",
+    "operators_of",
+    "register_backend",
+    "select",
+    "selected_backend",
+    "sgd",
+    "use_backend",
+]

@@ -1,0 +1,133 @@
+"""Argument checks. They read shapes, strides, dtypes and devices, never data, so they are also the
+fakes.
+
+Every error is a ValueError that names the argument, says what was expected, and shows what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from granet_kernels.layout import is_dense, packed_length, same_layout
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def describe(tensor: Tensor) -> str:
+    """``float32 (3, 4) on cpu``: how errors show a tensor."""
+    return f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_lengths(**lists: Sequence[Tensor]) -> None:
+    """Lists of one entry a tensor: all as long as the first."""
+    (first, tensors), *others = lists.items()
+    for name, other in others:
+        if len(other) != len(tensors):
+            fail(name, f"{len(tensors)} tensors, one for each of {first}", len(other))
+
+
+def check_floating(argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        fail(argument, "a float32, bfloat16, float16 or float64 tensor", describe(tensor))
+
+
+def check_written(argument: str, tensor: Tensor) -> None:
+    """A tensor that an operator writes in storage order: floating, without gaps or overlaps."""
+    check_floating(argument, tensor)
+    if not is_dense(tensor):
+        strides = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        fail(
+            argument,
+            "a tensor without gaps in memory (contiguous, or a permutation of it)",
+            strides,
+        )
+
+
+def check_device(argument: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        fail(argument, f"a tensor on {like.device} as {like_name}", tensor.device)
+
+
+def check_like(argument: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """Same shape and device as ``like``."""
+    check_device(argument, tensor, like, like_name)
+    if tensor.shape != like.shape:
+        fail(argument, f"the shape of {like_name}, {tuple(like.shape)}", tuple(tensor.shape))
+
+
+def check_packed(argument: str, mask: Tensor) -> None:
+    if mask.dtype != torch.uint8 or mask.dim() != 1 or not mask.is_contiguous():
+        fail(argument, "a packed mask: contiguous 1-D uint8", describe(mask))
+
+
+def check_mask(argument: str, mask: Tensor, weight: Tensor, weight_name: str) -> None:
+    """The packed mask of ``weight``."""
+    expected = packed_length(weight.numel())
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (expected,) or not mask.is_contiguous():
+        purpose = f"the packed mask of {weight_name} with {weight.numel()} elements"
+        fail(argument, f"uint8 ({expected},), {purpose}", describe(mask))
+    check_device(argument, mask, weight, weight_name)
+
+
+def check_masked(name: str, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Tensors that are written in place, each with its mask, all on one device."""
+    check_lengths(**{name: tensors, "masks": masks})
+    for i, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
+        check_written(f"{name}[{i}]", tensor)
+        check_device(f"{name}[{i}]", tensor, tensors[0], f"{name}[0]")
+        check_mask(f"masks[{i}]", mask, tensor, f"{name}[{i}]")
+
+
+def check_momenta(momenta: Sequence[Tensor], weights: Sequence[Tensor], weights_name: str) -> None:
+    """None at all, or one for each weight: written in the order of the weight's elements in memory."""
+    if not momenta:
+        return
+    check_lengths(**{weights_name: weights, "momenta": momenta})
+    for i, (momentum, weight) in enumerate(zip(momenta, weights, strict=True)):
+        check_written(f"momenta[{i}]", momentum)
+        check_like(f"momenta[{i}]", momentum, weight, f"{weights_name}[{i}]")
+        if not same_layout(momentum, weight):
+            expected = f"the memory layout of {weights_name}[{i}], strides {weight.stride()}"
+            fail(f"momenta[{i}]", expected, f"strides {momentum.stride()}")
+
+
+def check_disjoint(**lists: Sequence[Tensor]) -> None:
+    """No two of the tensors that will be written share memory: the result would depend on the order."""
+    spans: list[tuple[int, int, str]] = []
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            start = tensor.data_ptr()
+            spans.append((start, start + tensor.numel() * tensor.element_size(), f"{name}[{i}]"))
+    spans = sorted(span for span in spans if span[0] != span[1])
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end:
+            fail(
+                second,
+                f"memory of its own, for it is written in place as {first} is",
+                "shared memory",
+            )
+
+
+def check_scalar(argument: str, tensor: Tensor) -> None:
+    if tensor.numel() != 1:
+        fail(argument, "a tensor of one element", describe(tensor))
+
+
+def check_count(argument: str, k: Tensor, tensors: Sequence[Tensor], tensors_name: str) -> None:
+    """``k``: int64, one element for the selection over all tensors together, or one for each."""
+    if k.dtype != torch.int64 or k.dim() != 1 or k.numel() not in (1, len(tensors)):
+        sizes = f"(1,) over all tensors or ({len(tensors)},), one for each of {tensors_name}"
+        fail(argument, f"int64 {sizes}", describe(k))

@@ -1,0 +1,157 @@
+"""Two-dimensional convolution with a masked weight.
+
+The compute dtype is the input's; the weight may be kept in another (fp32 under autocast) and is
+masked and cast on the way in. The output is channels_last in memory where the input or the weight
+is, and contiguous otherwise; gradients have the layout and dtype of what they are gradients of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from granet_kernels.layout import conv_memory_format
+from granet_kernels.ops.checks import (
+    check_device,
+    check_floating,
+    check_mask,
+    check_written,
+    describe,
+    fail,
+)
+from granet_kernels.ops.define import define
+from granet_kernels.ops.mask import check_flag
+
+
+def check_masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    check_floating("input", input)
+    check_written("weight", weight)
+    if weight.dim() != 4:
+        fail(
+            "weight",
+            "4 dimensions (out_channels, in_channels / groups, height, width)",
+            describe(weight),
+        )
+    check_mask("mask", mask, weight, "weight")
+    check_device("input", input, weight, "weight")
+    if input.dim() != 4:
+        fail("input", "4 dimensions (batch, channels, height, width)", describe(input))
+    if groups < 1 or weight.size(0) % groups:
+        fail("groups", f"a divisor of the {weight.size(0)} output channels", groups)
+    if input.size(1) != weight.size(1) * groups:
+        fail("input", f"{weight.size(1) * groups} channels", describe(input))
+    if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
+        fail("bias", f"shape ({weight.size(0)},)", describe(bias))
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(values) != 2 or min(values) < least:
+            fail(name, f"two integers of at least {least}", list(values))
+    if min(output_size(input, weight, stride, padding, dilation)) < 1:
+        fail("input", "a padded image no smaller than the dilated kernel", describe(input))
+
+
+def output_size(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of the output."""
+    height, width = (
+        (input.size(d + 2) + 2 * padding[d] - dilation[d] * (weight.size(d + 2) - 1) - 1)
+        // stride[d]
+        + 1
+        for d in range(2)
+    )
+    return height, width
+
+
+def fake_masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    size = (input.size(0), weight.size(0), *output_size(input, weight, stride, padding, dilation))
+    return input.new_empty(size).contiguous(memory_format=conv_memory_format(input, weight))
+
+
+define(
+    "masked_conv2d",
+    "(Tensor input, Tensor weight, Tensor mask, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, SymInt groups) -> Tensor",
+    check=check_masked_conv2d,
+    fake=fake_masked_conv2d,
+)
+
+
+def check_masked_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> None:
+    check_masked_conv2d(input, weight, mask, bias, stride, padding, dilation, groups)
+    check_flag("dense_grad", dense_grad, weight)
+    size = (input.size(0), weight.size(0), *output_size(input, weight, stride, padding, dilation))
+    if tuple(grad_output.shape) != size or grad_output.dtype != input.dtype:
+        fail("grad_output", f"{input.dtype} {size}", describe(grad_output))
+    check_needs(needs, bias)
+
+
+def check_needs(needs: Sequence[bool], bias: Tensor | None) -> None:
+    if len(needs) != 3 or (needs[2] and bias is None):
+        fail(
+            "needs",
+            "three flags (input, weight, bias), the last one False without a bias",
+            list(needs),
+        )
+
+
+def fake_gradients(
+    input: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """One tensor for each gradient that is needed, in the order input, weight, bias."""
+    wanted = [
+        t
+        for t, needed in zip((input, weight, bias), needs, strict=True)
+        if needed and t is not None
+    ]
+    return [torch.empty_like(tensor) for tensor in wanted]
+
+
+define(
+    "masked_conv2d_backward",
+    "(Tensor grad_output, Tensor input, Tensor weight, Tensor mask, Tensor? bias, Tensor dense_grad, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] needs) -> Tensor[]",
+    check=check_masked_conv2d_backward,
+    fake=lambda grad_output, input, weight, mask, bias, *rest: fake_gradients(
+        input, weight, bias, needs=rest[-1]
+    ),
+)

@@ -1,0 +1,77 @@
+"""How an operator of namespace ``granet`` comes to be: schema, checks, fake, one kernel for every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from granet_kernels.ops.registry import implementation
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    check: Callable[..., None],
+    fake: Callable[..., Any] = lambda *args, **kwargs: None,
+    check_data: Callable[..., None] = lambda *args, **kwargs: None,
+) -> None:
+    """Register ``granet::<name>``.
+
+    A dispatch key holds one kernel, and backends must be switchable, so the public operator has a
+    single kernel for all devices: it checks all arguments before anything is written and then asks
+    the registry who computes.
+
+    Args:
+        name: of the operator and of the function in each backend.
+        schema: arguments and results, as torch.library takes them.
+        check: reads the arguments' metadata; raises ValueError.
+        fake: allocates the results without computing them; None for operators that write in place.
+        check_data: what only real tensors can tell, such as overlapping memory.
+    """
+    torch.library.define(f"granet::{name}", schema)
+    written = _written_arguments(f"granet::{name}")
+
+    def fake_kernel(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return fake(*args, **kwargs)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        check_data(*args, **kwargs)
+        result = implementation(name, _device_type(args))(*args, **kwargs)
+        for position in written:
+            _increment_versions(args[position])
+        return result
+
+    torch.library.register_fake(f"granet::{name}", fake_kernel)
+    torch.library.register_kernel(f"granet::{name}", None, kernel)  # None: every device
+
+
+def _written_arguments(name: str) -> tuple[int, ...]:
+    namespace, operator = name.split("::")
+    schema = getattr(getattr(torch.ops, namespace), operator).default._schema
+    return tuple(i for i, argument in enumerate(schema.arguments) if argument.is_write)
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    """Where the first tensor lies; the CPU if there is none."""
+    return next((tensor.device.type for tensor in _tensors(args)), "cpu")
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from _tensors(arg)
+
+
+def _increment_versions(tensors: list[Tensor]) -> None:
+    """Kernels write through raw pointers, which autograd's version counters do not see."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

@@ -1,0 +1,89 @@
+"""Selection: pruning to a count, dropping and regrowing, and the top-k mask of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from granet_kernels.layout import packed_length
+from granet_kernels.ops.checks import (
+    check_count,
+    check_device,
+    check_disjoint,
+    check_floating,
+    check_lengths,
+    check_like,
+    check_masked,
+    check_momenta,
+    check_scalar,
+    check_written,
+    describe,
+    fail,
+)
+from granet_kernels.ops.define import define
+
+
+def check_prune(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor, momenta: Sequence[Tensor]
+) -> None:
+    check_masked("weights", weights, masks)
+    check_momenta(momenta, weights, "weights")
+    check_count("k", k, weights, "weights")
+
+
+define(
+    "prune_",
+    "(Tensor(a!)[] weights, Tensor(b!)[] masks, Tensor k, Tensor(c!)[] momenta) -> ()",
+    check=check_prune,
+    check_data=lambda weights, masks, k, momenta: check_disjoint(
+        weights=weights, masks=masks, momenta=momenta
+    ),
+)
+
+
+def check_drop_regrow(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    drop_fraction: Tensor,
+    momenta: Sequence[Tensor],
+) -> None:
+    check_masked("weights", weights, masks)
+    check_momenta(momenta, weights, "weights")
+    check_lengths(weights=weights, scores=scores)
+    for i, (score, weight) in enumerate(zip(scores, weights, strict=True)):
+        check_floating(f"scores[{i}]", score)
+        check_like(f"scores[{i}]", score, weight, f"weights[{i}]")
+    check_scalar("drop_fraction", drop_fraction)
+    if drop_fraction.dtype != torch.float64:
+        fail("drop_fraction", "a float64 tensor of one element", describe(drop_fraction))
+
+
+define(
+    "drop_regrow_",
+    "(Tensor(a!)[] weights, Tensor(b!)[] masks, Tensor[] scores, Tensor drop_fraction, "
+    "Tensor(c!)[] momenta) -> ()",
+    check=check_drop_regrow,
+    check_data=lambda weights, masks, scores, drop_fraction, momenta: check_disjoint(
+        weights=weights, masks=masks, momenta=momenta
+    ),
+)
+
+
+def check_topk_mask(scores: Sequence[Tensor], k: Tensor) -> None:
+    for i, score in enumerate(scores):
+        check_written(f"scores[{i}]", score)
+        check_device(f"scores[{i}]", score, scores[0], "scores[0]")
+    check_count("k", k, scores, "scores")
+
+
+define(
+    "topk_mask",
+    "(Tensor[] scores, Tensor k) -> Tensor[]",
+    check=check_topk_mask,
+    fake=lambda scores, k: [
+        score.new_empty(packed_length(score.numel()), dtype=torch.uint8) for score in scores
+    ],
+)

@@ -1,0 +1,85 @@
+"""The optimizer step on masked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from granet_kernels.ops.checks import (
+    check_disjoint,
+    check_floating,
+    check_like,
+    check_masked,
+    check_momenta,
+    check_scalar,
+    describe,
+    dtype_name,
+    fail,
+)
+from granet_kernels.ops.define import define
+
+
+def check_masked_sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    check_masked("params", params, masks)
+    if len(grads) != len(params):
+        fail("grads", f"{len(params)} tensors, one for each of params", len(grads))
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        check_floating(f"grads[{i}]", grad)
+        check_like(f"grads[{i}]", grad, param, f"params[{i}]")
+        if param.dtype != params[0].dtype or grad.dtype != param.dtype:
+            pair = f"params[{i}] {dtype_name(param.dtype)} and grads[{i}] {dtype_name(grad.dtype)}"
+            fail(f"grads[{i}]", f"{dtype_name(params[0].dtype)} throughout, as params[0] is", pair)
+    if momentum != 0 and len(momenta) != len(params):
+        fail("momenta", f"{len(params)} tensors, one for each of params", len(momenta))
+    check_momenta(momenta, params, "params")
+    for i, buffer in enumerate(momenta):
+        if buffer.dtype != momenta[0].dtype:
+            fail(
+                f"momenta[{i}]",
+                f"{dtype_name(momenta[0].dtype)}, as momenta[0] is",
+                describe(buffer),
+            )
+    for name, scalar in (
+        ("lr_tensor", lr_tensor),
+        ("grad_scale", grad_scale),
+        ("found_inf", found_inf),
+    ):
+        if scalar is not None:
+            check_scalar(name, scalar)
+
+
+def check_masked_sgd_data(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    **_: object,
+) -> None:
+    check_disjoint(params=params, momenta=momenta)
+
+
+define(
+    "masked_sgd_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, *, float lr, "
+    "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, "
+    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    check=check_masked_sgd,
+    check_data=check_masked_sgd_data,
+)

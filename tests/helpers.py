@@ -1,0 +1,17 @@
+"""What several test files compare with."""
+
+import torch
+from torch import Tensor
+
+NAN, INF = float("nan"), float("inf")
+
+
+def bits(values) -> list[int]:
+    """The bit patterns of fp32 values: plain equality takes -0.0 for +0.0 and NaN for nothing."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
+    return tensor.detach().contiguous().view(torch.int32).flatten().tolist()
+
+
+def mask_of(*ones_and_zeros: int) -> Tensor:
+    """A bool mask written as 1, 0, 1."""
+    return torch.tensor(ones_and_zeros, dtype=torch.bool)

@@ -1,0 +1,235 @@
+"""Pruning, dropping and regrowing, top-k: the rules, by hand, on every backend."""
+
+import pytest
+import torch
+
+from granet_kernels import drop_regrow_, pack_mask, prune_, topk_mask, unpack_mask, use_backend
+from granet_kernels.layout import full_mask
+from granet_kernels.selftest import backends_with
+from tests.helpers import INF, NAN, bits, mask_of
+
+
+@pytest.fixture(params=backends_with("prune_"), autouse=True)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+def active(mask, numel):
+    return unpack_mask(mask, (numel,)).int().tolist()
+
+
+def test_prune_by_hand():
+    weight = torch.tensor([0.5, -3.0, 0.0, 2.0, -1.0])
+    momentum = torch.ones(5)
+    mask = full_mask(5)
+    prune_([weight], [mask], 2, momenta=[momentum])
+    assert active(mask, 5) == [0, 1, 0, 1, 0]
+    assert bits(weight) == bits([0, -3.0, 0, 2.0, 0])
+    assert bits(momentum) == bits([0, 1.0, 0, 1, 0])
+
+
+def test_prune_over_all_tensors():
+    weights = [torch.tensor([1.0, 5.0]), torch.tensor([4.0, -2.0, 3.0])]
+    masks = [full_mask(2), full_mask(3)]
+    prune_(weights, masks, 3)
+    assert [active(masks[0], 2), active(masks[1], 3)] == [[0, 1], [1, 0, 1]]
+
+
+def test_prune_each_tensor():
+    weights = [torch.tensor([1.0, 5.0]), torch.tensor([4.0, -2.0, 3.0])]
+    masks = [full_mask(2), full_mask(3)]
+    prune_(weights, masks, [1, 1])
+    assert [active(masks[0], 2), active(masks[1], 3)] == [[0, 1], [1, 0, 0]]
+
+
+def test_ties_go_to_the_lower_tensor_and_element():
+    weights = [torch.tensor([1.0, -1.0]), torch.tensor([1.0, 1.0])]
+    masks = [full_mask(2), full_mask(2)]
+    prune_(weights, masks, 3)
+    assert [active(masks[0], 2), active(masks[1], 2)] == [[1, 1], [1, 0]]
+
+
+def test_element_order_is_that_of_memory():
+    weight = torch.ones(1, 2, 2, 1).to(memory_format=torch.channels_last)
+    mask = full_mask(4)
+    prune_([weight], [mask], 2)
+    assert weight.flatten().tolist() == [1, 0, 1, 0]  # both channels of the first pixel
+
+
+def test_nan_ranks_as_the_largest_magnitude():
+    weight = torch.tensor([INF, 1.0, NAN, -INF, -NAN])
+    mask = full_mask(5)
+    prune_([weight], [mask], 3)
+    assert active(mask, 5) == [1, 0, 1, 0, 1]
+
+
+def test_prune_never_activates():
+    weight = torch.tensor([9.0, 1.0, 8.0, 2.0])
+    mask = pack_mask(mask_of(0, 1, 0, 1))
+    prune_([weight], [mask], 3)
+    assert active(mask, 4) == [0, 1, 0, 1]
+    assert bits(weight) == bits([0, 1.0, 0, 2.0])
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_prune_to_nothing_and_to_everything(k):
+    weight = torch.randn(5)
+    mask = full_mask(5)
+    prune_([weight], [mask], k)
+    assert sum(active(mask, 5)) == k
+    assert int((weight != 0).sum()) == k
+
+
+def test_k_on_the_device_is_not_read_by_the_host():
+    weight, mask = torch.tensor([3.0, 1.0, 2.0]), full_mask(3)
+    prune_([weight], [mask], torch.tensor([2]))
+    assert active(mask, 3) == [1, 0, 1]
+
+
+def test_drop_regrow_by_hand():
+    weight = torch.tensor([4.0, 0.1, 3.0, -0.2, 0.0, 0.0])
+    momentum = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0, 0.0])
+    mask = pack_mask(mask_of(1, 1, 1, 1, 0, 0))
+    scores = torch.tensor([9.0, -5.0, 9.0, 0.5, -7.0, 0.6])
+    drop_regrow_([weight], [mask], [scores], 0.5, momenta=[momentum])  # drops 0.1 and -0.2
+    assert active(mask, 6) == [
+        1,
+        1,
+        1,
+        0,
+        1,
+        0,
+    ]  # regrows |-7|, and |-5|: one that was just dropped
+    assert bits(weight) == bits([4.0, 0.1, 3.0, 0, 0, 0])
+    assert bits(momentum) == bits([1.0, 2.0, 3.0, 0, 0, 0])
+
+
+def test_what_regrows_starts_from_zero():
+    """Even where the invariant was broken: an inactive weight that is not zero."""
+    weight = torch.tensor([4.0, 0.1, 77.0])
+    mask = pack_mask(mask_of(1, 1, 0))
+    drop_regrow_([weight], [mask], [torch.tensor([0.0, 1.0, 2.0])], 0.5)
+    assert active(mask, 3) == [1, 0, 1]
+    assert bits(weight) == bits([4.0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "active_count", "dropped"),
+    [
+        (0.3, 10, 3),
+        (0.1, 10, 1),
+        (0.005, 7, 1),
+        (0.0, 7, 0),
+        (1.0, 7, 7),
+        (0.29, 100, 29),
+        (0.5, 7, 4),
+    ],
+)
+def test_drop_count_is_the_ceiling_of_one_double_product(fraction, active_count, dropped):
+    """As the published code counts: 0.3 * 10 is 3.0 in doubles, though 0.3 is not three tenths."""
+    numel = 3 * active_count
+    weight = torch.arange(1.0, numel + 1)
+    mask = pack_mask(torch.arange(numel) < active_count)
+    scores = torch.where(torch.arange(numel) < active_count, 0.0, 1.0)
+    drop_regrow_([weight], [mask], [scores], fraction)
+    new = unpack_mask(mask, (numel,))
+    assert int(new[active_count:].sum()) == dropped
+    assert int(new.sum()) == active_count
+    assert not new[:dropped].any()  # the smallest went
+    assert new[active_count : active_count + dropped].all()  # equal scores: the lower index grows
+
+
+def test_nan_scores_rank_last_but_fill_the_count():
+    weight = torch.tensor([1.0, 2.0, 0.0, 0.0])
+    mask = pack_mask(mask_of(1, 1, 0, 0))
+    drop_regrow_([weight], [mask], [torch.tensor([NAN, 1.0, NAN, 0.0])], 0.5)
+    assert active(mask, 4) == [0, 1, 0, 1]
+    drop_regrow_([weight], [mask], [torch.full((4,), NAN)], 1.0)
+    assert sum(active(mask, 4)) == 2
+
+
+def test_scores_of_any_layout():
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    scores = torch.randn(4, 3, 3, 3)
+    mask = pack_mask(torch.rand(4, 3, 3, 3) < 0.5, like=weight)
+    plain_weight = weight.contiguous()
+    plain_mask = pack_mask(unpack_mask(mask, weight.shape, like=weight))
+    drop_regrow_([weight], [mask], [scores], 0.3)
+    drop_regrow_([plain_weight], [plain_mask], [scores], 0.3)
+    assert torch.equal(
+        unpack_mask(mask, weight.shape, like=weight), unpack_mask(plain_mask, weight.shape)
+    )
+    assert torch.equal(weight, plain_weight)
+
+
+def test_topk_mask_is_signed_and_straight_through():
+    scores = torch.tensor([[1.0, -9.0], [NAN, 3.0]], requires_grad=True)
+    (mask,) = topk_mask([scores], 2)
+    assert mask.tolist() == [[1, 0], [0, 1]]
+    mask.backward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert scores.grad.tolist() == [[1, 2], [3, 4]]
+
+
+def test_topk_mask_over_all_and_each():
+    scores = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    assert [m.tolist() for m in topk_mask(scores, 2)] == [[0, 0], [1, 1]]
+    assert [m.tolist() for m in topk_mask(scores, [1, 1])] == [[0, 1], [0, 1]]
+    assert topk_mask([], 0) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w, m: prune_([w], [m], 10), "k: expected a count from 0 to 9, got 10"),
+        (lambda w, m: prune_([w], [m], -1), "k: expected a count from 0 to 9, got -1"),
+        (
+            lambda w, m: prune_([w], [m], [1, 2]),
+            "k: expected one count, or 1, one for each tensor, got 2",
+        ),
+        (lambda w, m: prune_([w], [m], torch.tensor([1.0])), "k: expected int64"),
+        (lambda w, m: prune_(w, [m], 1), "weights: expected a sequence of tensors"),
+        (
+            lambda w, m: prune_([w], [m], 1, momenta=[torch.ones(8)]),
+            "momenta[0]: expected the shape of weights[0], (9,), got (8,)",
+        ),
+        (lambda w, m: prune_([w, w], [m, m.clone()], 1), "weights[1]: expected memory of its own"),
+        (lambda w, m: prune_([w, w.clone()], [m, m], 1), "masks[1]: expected memory of its own"),
+        (
+            lambda w, m: drop_regrow_([w], [m], [w], 1.5),
+            "drop_fraction: expected a number in [0, 1], got 1.5",
+        ),
+        (
+            lambda w, m: drop_regrow_([w], [m], [w], NAN),
+            "drop_fraction: expected a number in [0, 1], got nan",
+        ),
+        (
+            lambda w, m: drop_regrow_([w], [m], [], 0.5),
+            "scores: expected 1 tensors, one for each of weights, got 0",
+        ),
+        (
+            lambda w, m: drop_regrow_([w], [m], [w[:8]], 0.5),
+            "scores[0]: expected the shape of weights[0]",
+        ),
+    ],
+)
+def test_errors_change_nothing(call, message):
+    weight, mask = torch.arange(1.0, 10.0), full_mask(9)
+    with pytest.raises((ValueError, TypeError)) as error:
+        call(weight, mask)
+    assert message in str(error.value)
+    assert weight.tolist() == list(range(1, 10))
+    assert torch.equal(mask, full_mask(9))
+
+
+def test_momentum_of_another_layout_is_refused():
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    with pytest.raises(
+        ValueError, match=r"momenta\[0\]: expected the memory layout of weights\[0\]"
+    ):
+        prune_([weight], [full_mask(108)], 5, momenta=[torch.zeros(4, 3, 3, 3)])
+
+
+def test_empty_lists():
+    prune_([], [], 0)
+    drop_regrow_([], [], [], 0.5)
