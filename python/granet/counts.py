@@ -1,0 +1,67 @@
+"""How many weights stay active: at the start, and after each prune. All rounding happens here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from granet.distributions import DISTRIBUTIONS, Shape, active_budget, layer_budgets
+
+Scope = Literal["global", "layer"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActiveCounts:
+    """Integer budgets that meet a sparsity exactly, or those of the published code."""
+
+    shapes: Sequence[Shape]
+    """One weight shape for each layer."""
+    distribution: str
+    """How a sparsity is shared among the layers: a key of ``DISTRIBUTIONS``."""
+    scope: Scope
+    """Whether a prune has one budget over all layers or one for each."""
+    official_rounding: bool
+    """Counts of the published code (core.py of its CIFAR part)."""
+
+    def initial(self, sparsity: float, generator: torch.Generator) -> list[int]:
+        """Active weights of each layer before training.
+
+        The published code draws each weight by its layer's probability, so its counts are random.
+        """
+        if not self.official_rounding:
+            return layer_budgets(self.shapes, sparsity, self.distribution)
+        fractions = DISTRIBUTIONS[self.distribution](self.shapes, sparsity)
+        return [
+            int((torch.rand(math.prod(shape), generator=generator) < fraction).sum())
+            for shape, fraction in zip(self.shapes, fractions, strict=True)
+        ]
+
+    def after_prune(self, sparsity: float, active: Sequence[int]) -> int | list[int]:
+        """Weights that a prune keeps: over all layers, or a list.
+
+        The published code prunes the k-th largest weight itself where it prunes globally.
+
+        Args:
+            sparsity: to prune to, over all layers together.
+            active: active weights of each layer now. A layer's budget never grows, so that budgets
+                whose rounding would differ between prunes still add up.
+        """
+        numels = [math.prod(shape) for shape in self.shapes]
+        if self.scope == "global":
+            if self.official_rounding:
+                return max(int(sum(numels) * (1 - sparsity)) - 1, 0)
+            return active_budget(sparsity, sum(numels))
+        if self.official_rounding:
+            return [int(numel * (1 - sparsity)) for numel in numels]
+        return layer_budgets(self.shapes, sparsity, self.distribution, caps=active)
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("global", "layer"):
+            raise ValueError(f"scope: expected 'global' or 'layer', got {self.scope!r}")
+        if self.distribution not in DISTRIBUTIONS:
+            known = ", ".join(DISTRIBUTIONS)
+            raise ValueError(f"distribution: expected one of {known}, got {self.distribution!r}")
