@@ -1,0 +1,213 @@
+"""The parts of a training run, each built from its configuration."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from granet.config import TrainConfig
+from granet.data import DataSource, load_data
+from granet.methods import GraNet
+from granet.models import create_model
+from granet.schedules import as_step
+from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, sparsify
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA where there is one.
+
+    Raises:
+        ValueError: PyTorch knows no such device, or it is not present.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        present = torch.cuda.device_count()
+        raise ValueError(
+            f"device: expected one of the {present} CUDA devices present, got {name!r}"
+        )
+    return device
+
+
+def seed_everything(config: TrainConfig) -> None:
+    """Seed PyTorch's generators, and choose the algorithms `deterministic` asks for."""
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def build_source(config: TrainConfig, device: torch.device) -> DataSource:
+    """Open the data set."""
+    return load_data(
+        config.dataset,
+        data_dir=config.data_dir,
+        batch_size=config.batch_size,
+        device=device,
+        seed=config.seed,
+        val_split=config.val_split,
+        workers=config.workers,
+        image_size=config.image_size,
+    )
+
+
+def usable_batches(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Batches of an epoch that make up whole optimizer steps; the rest is dropped.
+
+    Raises:
+        ValueError: there is not even one step.
+    """
+    batches = steps_per_epoch - steps_per_epoch % config.grad_accum_steps
+    if batches == 0:
+        raise ValueError(
+            f"grad_accum_steps: expected at most the {steps_per_epoch} batches of an epoch, got "
+            f"{config.grad_accum_steps}"
+        )
+    return batches
+
+
+def build_model(config: TrainConfig, source: DataSource, device: torch.device) -> nn.Module:
+    """The network on its device, masked unless the run is dense."""
+    model = create_model(
+        config.model, num_classes=source.num_classes, in_channels=source.sample_shape[0]
+    )
+    model = model.to(device).to(memory_format=memory_format(config))
+    return model if config.method == "dense" else sparsify(model)
+
+
+def memory_format(config: TrainConfig) -> torch.memory_format:
+    """Layout of images and convolution weights."""
+    return torch.channels_last if config.channels_last else torch.preserve_format
+
+
+def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The layers that `sparsify` masks, masked or not; of layers that share a weight, the first."""
+    seen: set[int] = set()
+    layers: dict[str, nn.Conv2d | nn.Linear] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Conv2d, nn.Linear, MaskedConv2d, MaskedLinear):
+            assert isinstance(module, (nn.Conv2d, nn.Linear))
+            if id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                layers[name] = module
+    return layers
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """MaskedSGD (torch.optim.SGD where nothing is masked), or AdamW."""
+    if config.opt == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return MaskedSGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov and config.momentum > 0,
+    )
+
+
+def build_sparsifier(
+    config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int
+) -> GraNet | None:
+    """The method that changes the masks; None for a dense run."""
+    if config.method == "dense":
+        return None
+    return GraNet(
+        model,
+        optimizer,
+        sparsity=config.sparsity,
+        initial_sparsity=config.init_sparsity,
+        total_steps=total_steps,
+        # A share of a short run may be less than a step.
+        update_every=max(as_step(config.update_freq, total_steps, "update_freq"), 1),
+        prune_from=as_step(config.prune_start, total_steps, "prune_start"),
+        prune_until=as_step(config.prune_end, total_steps, "prune_end"),
+        drop_fraction=config.drop_fraction,
+        distribution=config.distribution,
+        scope=config.scope,
+        official_rounding=config.official_rounding,
+        seed=config.seed,
+    )
+
+
+def lr_factor(
+    step: int, *, total_steps: int, warmup_steps: int, sched: Literal["cosine", "step"]
+) -> float:
+    """Learning rate at a step (from 0), relative to its peak.
+
+    It rises linearly over `warmup_steps` steps, and is 1 right after them. Then half a cosine
+    reaches 0 at `total_steps`, or (`sched="step"`) it falls to a tenth at 50 % of the run and to
+    a hundredth at 75 %.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if sched == "cosine":
+        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        return 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))
+    return 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
+
+
+def build_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """`lr_factor` as a learning rate schedule, one call a step."""
+    warmup_steps = round(config.warmup_epochs * total_steps / config.epochs)
+    factor = functools.partial(
+        lr_factor,
+        total_steps=total_steps,
+        warmup_steps=min(warmup_steps, total_steps),
+        sched=config.sched,
+    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def build_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler that float16 needs; for every other compute type it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+
+
+def step_optimizer(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Let the optimizer step; False if the scaler skipped it because of an infinite gradient."""
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before  # lowered by a skipped step, and by nothing else
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> None:
+    """`torch.nn.utils.clip_grad_norm_` with the norm taken over active weights.
+
+    Just before an update the layers give dense gradients, whose norm would shorten that step.
+    """
+    masks = {
+        id(layer.weight): layer.mask
+        for layer in model.modules()
+        if isinstance(layer, (MaskedConv2d, MaskedLinear))
+    }
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(_active_gradients(parameters, masks))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+
+
+def _active_gradients(parameters: Iterable[nn.Parameter], masks: dict[int, Tensor]) -> list[Tensor]:
+    gradients = []
+    for parameter in parameters:
+        assert parameter.grad is not None
+        mask = masks.get(id(parameter))
+        # Not a product: inf * 0 would be NaN.
+        gradient = parameter.grad if mask is None else parameter.grad.masked_fill(~mask, 0.0)
+        gradients.append(gradient)
+    return gradients

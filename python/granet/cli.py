@@ -1,0 +1,161 @@
+"""The `granet` command: its subcommands, what it says of bad input, its exit statuses.
+
+0: done. 1: `granet check` found a mismatch. 2: bad input, in one line on stderr. 130 and 143:
+training was stopped by Ctrl-C or SIGTERM, and can be resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from granet import check, report
+from granet.checkpoint import Checkpoint, load_checkpoint
+from granet.config import (
+    TrainConfig,
+    add_flags,
+    build_config,
+    flags_given,
+    read_config_file,
+)
+from granet.stopping import Stopped
+from granet.telemetry import LAST
+
+TRAIN_EPILOG = """\
+later ones win: the defaults, the checkpoint that is resumed, the file of -c, the flags
+
+examples:
+  granet train                                   digits to 90 % sparsity
+  granet train --method dense                    the same network, dense
+  granet train --sparsity 0.95 --experiment deep
+  granet train -c output/deep/args.yaml --seed 1 --experiment deep-1
+  granet train --resume output/deep              what was interrupted
+  granet report output/*
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `granet` with these arguments (those of the process by default); the exit status."""
+    args = make_parser().parse_args(argv)
+    if args.command == "train":
+        return _train(args)
+    with _user_errors(args.command):
+        return check.run(args) if args.command == "check" else report.run(args)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
+    parser = argparse.ArgumentParser(prog="granet", description="Sparse training for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        usage="granet train [-c FILE] [--resume [PATH]] [--stop-after STEPS] [SETTINGS]",
+        help="train a network, sparse or dense",
+        description="Train a network on images, sparse or dense. What a run leaves is in its "
+        "directory: checkpoints, metrics.csv, args.yaml, summary.yaml, TensorBoard events.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _add_invocation_flags(train)
+    add_flags(train)
+    check.add_arguments(
+        commands.add_parser("check", help="compare every operator with the reference")
+    )
+    report.add_arguments(
+        commands.add_parser(
+            "report",
+            help="compare runs in a table",
+            description="Compare runs in a table; runs that differ in the seed alone share a row.",
+        )
+    )
+    return parser
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wide enough for a flag and its help to share a line; the epilog as it is written."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text == TRAIN_EPILOG:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def _add_invocation_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags about this invocation, which are no part of the run's configuration."""
+    parser.add_argument(
+        "-c", "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="Continue a run from a checkpoint or run directory; without PATH, the run that "
+        "the other settings name",
+    )
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEPS", help="Stop, resumably, after so many steps"
+    )
+
+
+def _train(args: argparse.Namespace) -> int:
+    from granet import train  # needs the train extra, which `granet check` does without
+
+    with _user_errors("train"):
+        config, checkpoint = settings(args)
+        with train.backend_of(config):
+            trainer = train.Trainer(config, resume=checkpoint, stop_after=args.stop_after)
+    # Outside: an error in the middle of training is not the user's, and deserves its traceback.
+    try:
+        with train.backend_of(config):
+            trainer.run()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 0 if stop.signal_number is None else 128 + stop.signal_number
+    return 0
+
+
+def settings(args: argparse.Namespace) -> tuple[TrainConfig, Checkpoint | None]:
+    """Configuration of the run, and the checkpoint it continues from."""
+    file = read_config_file(args.config) if args.config else {}
+    flags = flags_given(args)
+    if args.resume is None:
+        return build_config(file, flags), None
+    path = Path(args.resume) if args.resume else build_config(file, flags).run_directory
+    checkpoint = load_checkpoint(path / LAST if path.is_dir() or not args.resume else path)
+    config = build_config(dataclasses.asdict(checkpoint.config), file, flags)
+    return _in_directory(config, checkpoint.path.parent, flags), checkpoint
+
+
+def _in_directory(config: TrainConfig, directory: Path, flags: dict[str, object]) -> TrainConfig:
+    """`config` with the names of the directory that is continued, which may have been moved."""
+    named = {"output", "experiment"} & flags.keys()
+    if named and config.run_directory.resolve() != directory.resolve():
+        raise ValueError(
+            f"resume: expected a checkpoint in {config.run_directory}, which --output and "
+            f"--experiment name, got one in {directory}"
+        )
+    return dataclasses.replace(config, output=str(directory.parent), experiment=directory.name)
+
+
+@contextmanager
+def _user_errors(command: str) -> Iterator[None]:
+    """Bad input becomes one line, and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+    except ImportError as error:
+        message = f"{error}; the extra [train] installs what training needs"
+    else:
+        return
+    print(f"granet {command}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,351 @@
+"""What a training run is: its fields, their checks, and the ways to give them (flags and YAML).
+
+One dataclass is the source of everything: flags, YAML keys, help texts and `args.yaml`. A run is
+put together from layers, later ones winning: defaults, the checkpoint that is resumed, the YAML
+file, the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+Time = int | str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that defines a training run. Flags and YAML keys have the fields' names.
+
+    Times (`Time`) are optimizer steps, or a share of the run such as `"50%"`.
+
+    Raises:
+        ValueError: a field has the wrong type or lies outside its range; names field and value.
+    """
+
+    dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"] = "digits"
+    """Images to train on. digits ships inside scikit-learn; the others are read from --data-dir."""
+    data_dir: str | None = None
+    """Folder that holds the dataset's files."""
+    val_split: float = 0.1
+    """Share of the training images held out to choose the best epoch."""
+    image_size: int = 224
+    """Height and width of imagefolder's images, in pixels."""
+    workers: int = 0
+    """Processes that load imagefolder's images; 0 loads them in this one."""
+
+    model: str = "resnet_tiny"
+    """resnet_tiny, resnet20, resnet32, resnet18_cifar, or the name of a torchvision model."""
+    channels_last: bool = False
+    """Keep images and weights in channels-last memory format."""
+    torchcompile: bool = False
+    """Compile the model with torch.compile."""
+
+    batch_size: int = 64
+    """Images in one forward pass."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients are added up for one optimizer step."""
+    epochs: int = 30
+    """Passes over the training images."""
+    opt: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: sgd is granet_kernels.MaskedSGD, adamw is PyTorch's."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = True
+    """Nesterov's form of momentum, as in the published CIFAR recipe (sgd only)."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every parameter (sgd), or decoupled decay (adamw)."""
+    sched: Literal["cosine", "step"] = "cosine"
+    """Learning rate after the warm-up: cosine to zero, or a tenth at 50 % and again at 75 %."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises linearly to its peak."""
+    smoothing: float = 0.1
+    """Label smoothing of the training loss."""
+    clip_grad: float | None = None
+    """Largest gradient norm (over active weights); larger gradients are scaled down."""
+    amp: bool = False
+    """Automatic mixed precision; float16 scales the loss to keep small gradients."""
+    amp_dtype: Literal["float16", "bfloat16"] = "float16"
+    """Compute type under --amp."""
+
+    method: Literal["dense", "granet"] = "granet"
+    """dense trains every weight; granet prunes and regrows during training."""
+    sparsity: float = 0.9
+    """Share of the weights that is zero at the end, in [0, 1)."""
+    init_sparsity: float = 0.5
+    """Share of the weights that is zero at the start; 0 starts dense."""
+    update_freq: Time = "2%"
+    """Time between two updates of the masks."""
+    prune_start: Time = 0
+    """Time at which sparsity starts to rise."""
+    prune_end: Time = "50%"
+    """Time at which sparsity has reached its target."""
+    distribution: Literal["erk", "uniform"] = "erk"
+    """How the initial sparsity is spread over the layers."""
+    scope: Literal["global", "layer"] = "global"
+    """Prune the smallest weights of the whole network, or of each layer separately."""
+    drop_fraction: float = 0.5
+    """Share of a layer's active weights replaced by an update, at first; decays by a cosine."""
+    official_rounding: bool = False
+    """Reproduce the counts of the published code, which misses the target slightly."""
+
+    seed: int = 0
+    """Seed of the initial weights and masks, and of the order of the images."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+    backend: str | None = None
+    """Force a backend of granet_kernels, e.g. reference or cpp."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic CUDA algorithms (the CPU's always are)."""
+
+    output: str = "output"
+    """Folder that holds the run directories."""
+    experiment: str | None = None
+    """Name of the run directory; without it DATASET-MODEL-METHOD-SEED."""
+    log_interval: int = 50
+    """Steps of an epoch between two reports of the running loss; 0 reports at its end only."""
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types().items():
+            if not _has_type(getattr(self, name), hint):
+                raise _bad(name, _describe(hint), getattr(self, name))
+        for name in ("batch_size", "grad_accum_steps", "epochs", "image_size"):
+            self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
+        for name in ("workers", "log_interval", "seed"):
+            self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")
+        for name in ("sparsity", "init_sparsity", "smoothing", "momentum"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        for name in ("weight_decay", "warmup_epochs"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        self._require("lr", 0 < self.lr < math.inf, "a number above 0")
+        self._require("val_split", 0 < self.val_split < 1, "a number in (0, 1)")
+        self._require("drop_fraction", 0 <= self.drop_fraction <= 1, "a number in [0, 1]")
+        if self.clip_grad is not None:
+            self._require("clip_grad", 0 < self.clip_grad < math.inf, "a number above 0")
+        if self.method != "dense":
+            limit = f"at most the final sparsity {self.sparsity}"
+            self._require("init_sparsity", self.init_sparsity <= self.sparsity, limit)
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise _bad(name, expected, getattr(self, name))
+
+    @property
+    def run_directory(self) -> Path:
+        """`output/experiment`, or `output/DATASET-MODEL-METHOD-SEED`."""
+        name = f"{self.dataset}-{self.model}-{self.method}-{self.seed}"
+        return Path(self.output) / (self.experiment or name)
+
+
+GROUPS: dict[str, str] = {
+    "data": "dataset data_dir val_split image_size workers",
+    "model": "model channels_last torchcompile",
+    "optimization": """batch_size grad_accum_steps epochs opt lr momentum nesterov weight_decay
+        sched warmup_epochs smoothing clip_grad amp amp_dtype""",
+    "sparsity": """method sparsity init_sparsity update_freq prune_start prune_end distribution
+        scope drop_fraction official_rounding""",
+    "machine": "seed device backend deterministic",
+    "output": "output experiment log_interval",
+}
+"""Title of each group in `--help`, and the fields in it."""
+
+SPARSITY_NOTE = (
+    "A TIME is a number of steps, or a share of the run such as 50%. "
+    "A dense run uses none of these but --method."
+)
+
+SPARSE_FIELDS = frozenset(GROUPS["sparsity"].split()) - {"method"}
+"""Fields that a dense run does not use."""
+
+MACHINE_FIELDS = frozenset(
+    f"data_dir workers torchcompile device backend deterministic {GROUPS['output']}".split()
+)
+"""Fields about where and how a run executes, not what it computes: resuming may change them."""
+
+
+@functools.cache
+def field_types() -> dict[str, Any]:
+    """Field name -> type hint, in the order of the fields."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainConfig)}
+
+
+@functools.cache
+def field_docs() -> dict[str, str]:
+    """Field name -> the docstring under it; Python keeps those in the source only."""
+    source = textwrap.dedent(inspect.getsource(TrainConfig))
+    [definition] = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, doc in itertools.pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            docs[ast.unparse(field.target)] = str(ast.literal_eval(doc.value))
+    return docs
+
+
+def _bad(name: str, expected: str, value: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _has_type(value: object, hint: Any) -> bool:
+    if choices := _choices(hint):
+        return value in choices
+    kinds = _alternatives(hint)
+    if isinstance(value, bool):  # a subclass of int, which `epochs: yes` should not slip through
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    return isinstance(value, kinds)
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if choices := _choices(hint):
+        return "one of " + ", ".join(choices)
+    return " or ".join(names.get(kind, "none") for kind in _alternatives(hint))
+
+
+def parse_value(name: str, text: str) -> object:
+    """Value of the field `name` written as `text`; text that does not fit is returned as it is.
+
+    The dataclass reports what does not fit, so that flags and YAML share one message.
+    """
+    kinds = _alternatives(field_types()[name])
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+    return text
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` one flag for each field, in groups; flags not given leave no trace."""
+    defaults = TrainConfig()
+    for title, names in GROUPS.items():
+        note = SPARSITY_NOTE if title == "sparsity" else None
+        group = parser.add_argument_group(title, note)
+        for name in names.split():
+            _add_flag(group, name, getattr(defaults, name))
+
+
+def _add_flag(group: Any, name: str, default: object) -> None:
+    hint = field_types()[name]
+    flags = [*(["-b"] if name == "batch_size" else []), "--" + name.replace("_", "-")]
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    help_text = field_docs()[name].replace("%", "%%").rstrip(".")
+    if default is not None and default is not False:
+        help_text += f" (default: {'yes' if default is True else default})".replace("%", "%%")
+    if hint is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif choices := _choices(hint):
+        options["choices"] = choices
+    else:
+        options["type"] = functools.partial(parse_value, name)
+        options["metavar"] = "DIR" if name in ("data_dir", "output") else _metavar(hint)
+    group.add_argument(*flags, help=help_text, **options)
+
+
+def _metavar(hint: Any) -> str:
+    if hint == Time:
+        return "TIME"
+    return {int: "N", float: "X"}.get(_alternatives(hint)[0], "NAME")
+
+
+def flags_given(namespace: argparse.Namespace) -> dict[str, object]:
+    """The fields among the parsed flags: only what was given on the command line."""
+    return {name: value for name, value in vars(namespace).items() if name in field_types()}
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """Fields given in a YAML file; keys are those of the flags, with - or _.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a YAML mapping, or holds a key that is not a field (says which are
+            close).
+    """
+    import yaml  # in the [train] extra, and `granet check` must run without it
+
+    if not path.is_file():
+        raise FileNotFoundError(f"config: expected a YAML file, found none at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"config: expected key: value lines in {path}, got {content!r}")
+    fields = {str(key).replace("-", "_"): value for key, value in content.items()}
+    refuse_unknown(fields, f"config: {path}")
+    # YAML 1.1 reads 1e-4 as text
+    return {
+        name: parse_value(name, value) if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
+
+
+def refuse_unknown(names: Iterable[str], source: str) -> None:
+    """Raise ValueError when one of `names` is not a field; the message starts with `source`."""
+    for name in names:
+        if name not in field_types():
+            close = difflib.get_close_matches(name, field_types(), n=3)
+            hint = f"; close: {', '.join(close)}" if close else ""
+            raise ValueError(f"{source}: unknown key {name!r}{hint}")
+
+
+def build_config(*layers: Mapping[str, object]) -> TrainConfig:
+    """The defaults, overridden by each of `layers` in turn."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(layer)
+    return TrainConfig(**merged)
+
+
+def write_config_file(path: Path, config: TrainConfig) -> None:
+    """Write every field as YAML; `read_config_file` gives it back."""
+    import yaml
+
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def resume_conflicts(saved: TrainConfig, current: TrainConfig) -> list[str]:
+    """Fields that differ between a checkpoint and the run that would continue it.
+
+    Fields about the machine and the output may differ; so may, in a dense run, the sparse ones.
+    """
+    free = MACHINE_FIELDS | (SPARSE_FIELDS if saved.method == current.method == "dense" else set())
+    return [
+        f"{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(current, name)!r} now"
+        for name in field_types()
+        if name not in free and getattr(saved, name) != getattr(current, name)
+    ]

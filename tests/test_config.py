@@ -1,0 +1,163 @@
+"""TrainConfig: its checks, its flags, its YAML, and which of them wins."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from granet.config import (
+    GROUPS,
+    TrainConfig,
+    add_flags,
+    build_config,
+    field_docs,
+    field_types,
+    flags_given,
+    read_config_file,
+    resume_conflicts,
+    write_config_file,
+)
+
+
+def parse(*flags: str) -> dict[str, object]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return flags_given(parser.parse_args(flags))
+
+
+def test_every_field_has_a_docstring_and_one_place_in_the_help() -> None:
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    assert list(field_docs()) == fields
+    assert sorted(" ".join(GROUPS.values()).split()) == sorted(fields)
+
+
+def test_help_names_every_flag_and_its_default() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    text = " ".join(parser.format_help().split())
+    for name in field_types():
+        assert f"--{name.replace('_', '-')}" in text
+    assert "-b N, --batch-size N" in text
+    assert "Time between two updates of the masks (default: 2%)" in text
+    assert "0 loads them in this one (default: 0)" in text
+    assert "%%" not in text
+
+
+BAD_VALUES = {
+    "sparsity": (1.2, "a number in [0, 1)"),
+    "init_sparsity": (0.95, "at most the final sparsity 0.9"),
+    "epochs": (0, "a whole number of at least 1"),
+    "batch_size": (2.5, "a whole number"),
+    "grad_accum_steps": (True, "a whole number"),
+    "workers": (-1, "a whole number of at least 0"),
+    "lr": (0.0, "a number above 0"),
+    "momentum": (float("nan"), "a number in [0, 1)"),
+    "weight_decay": (float("inf"), "a number of at least 0"),
+    "warmup_epochs": (-1.0, "a number of at least 0"),
+    "smoothing": (1, "a number in [0, 1)"),
+    "clip_grad": (0, "a number above 0"),
+    "drop_fraction": (1.5, "a number in [0, 1]"),
+    "val_split": (0, "a number in (0, 1)"),
+    "update_freq": (0.5, "a whole number or text"),
+    "dataset": ("mnist", "one of digits, fashion-mnist, cifar10, cifar100, imagefolder"),
+    "amp": ("yes", "true or false"),
+    "data_dir": (3, "text or none"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_bad_value_is_named_and_shown(name: str) -> None:
+    value, expected = BAD_VALUES[name]
+    fields: dict[str, Any] = {name: value}
+    message = f"{name}: expected {expected}, got {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        TrainConfig(**fields)
+
+
+def test_a_dense_run_ignores_the_initial_sparsity() -> None:
+    assert TrainConfig(method="dense", sparsity=0.0).init_sparsity == 0.5
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 0.3\nbatch-size: 8\nclip_grad: 1\nnesterov: false\n")
+    config = build_config(
+        read_config_file(file), parse("-b", "16", "--clip-grad", "none", "--nesterov")
+    )
+    assert config == TrainConfig(lr=0.3, batch_size=16, clip_grad=None, nesterov=True)
+
+
+def test_flags_take_the_types_of_their_fields() -> None:
+    flags = shlex.split("--lr 1 --update-freq 20 --prune-end 75% --no-amp --seed 3 --opt adamw")
+    expected = {
+        "lr": 1, "update_freq": 20, "prune_end": "75%", "amp": False, "seed": 3, "opt": "adamw",
+    }  # fmt: skip
+    assert parse(*flags) == expected
+    assert parse() == {}
+
+
+def test_a_flag_that_is_no_number_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="lr: expected a number, got 'fast'"):
+        build_config(parse("--lr", "fast"))
+
+
+def test_args_yaml_comes_back_the_same(tmp_path: Path) -> None:
+    config = TrainConfig(
+        dataset="cifar10", data_dir="/data/ä", clip_grad=0.5, prune_start="10%", prune_end=300,
+        amp=True, weight_decay=1e-4, experiment="null", backend=None, nesterov=False,
+    )  # fmt: skip
+    write_config_file(tmp_path / "args.yaml", config)
+    assert build_config(read_config_file(tmp_path / "args.yaml")) == config
+    assert (tmp_path / "args.yaml").read_text().startswith("dataset: cifar10\n")
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("weight_decay: 1e-4\nprune_end: 60%\n")
+    fields = read_config_file(tmp_path / "run.yaml")
+    assert fields == {"weight_decay": 1e-4, "prune_end": "60%"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsty: 0.9", r"unknown key 'sparsty'; close: sparsity"),
+        ("zzz: 1", r"run.yaml: unknown key 'zzz'$"),
+        ("- a\n- b", r"expected key: value lines in .*, got \['a', 'b'\]"),
+        ("a: [", r"run.yaml is not YAML"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config_file(tmp_path / "run.yaml")
+
+
+def test_an_empty_file_sets_nothing_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").touch()
+    assert read_config_file(tmp_path / "run.yaml") == {}
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        read_config_file(tmp_path / "none.yaml")
+
+
+def test_run_directory() -> None:
+    assert TrainConfig(seed=3).run_directory == Path("output/digits-resnet_tiny-granet-3")
+    assert TrainConfig(output="a", experiment="b").run_directory == Path("a/b")
+
+
+def test_what_may_differ_when_a_run_is_resumed() -> None:
+    saved = TrainConfig()
+    moved = dataclasses.replace(saved, output="elsewhere", device="cpu", workers=4)
+    assert resume_conflicts(saved, moved) == []
+    changed = dataclasses.replace(saved, lr=0.2, sparsity=0.8)
+    assert resume_conflicts(saved, changed) == [
+        "lr: 0.1 in the checkpoint, 0.2 now",
+        "sparsity: 0.9 in the checkpoint, 0.8 now",
+    ]
+    dense = TrainConfig(method="dense")
+    assert resume_conflicts(dense, dataclasses.replace(dense, sparsity=0.5)) == []
