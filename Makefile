@@ -9,10 +9,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES    = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS = setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
 
-# The demo: the same small ResNet on handwritten digits, dense and sparse.
-DEMO_DENSE  = $(BIN)/granet train --method dense --output runs/demo --experiment dense
-DEMO_GRANET = $(BIN)/granet train --method granet --sparsity 0.9 --initial-sparsity 0.5 --output runs/demo --experiment granet
-DEMO_REPORT = $(BIN)/granet report runs/demo/dense runs/demo/granet
+# The demo: the same small ResNet on handwritten digits, dense and sparse. make demo SEEDS="0 1 2" repeats it.
+SEEDS ?= 0
+DEMO_DENSE  = $(BIN)/granet train --method dense
+DEMO_GRANET = $(BIN)/granet train --method granet --init-sparsity 0.5 --sparsity 0.9
 
 .PHONY: help setup demo say-demo test say-test lint format clean
 .NOTPARALLEL:
@@ -27,10 +27,12 @@ help:
 	@echo "make clean    remove $(VENV), build products and caches; results in runs/ stay"
 
 demo: say-demo $(VENV)/installed
-	rm -rf runs/demo
-	$(DEMO_DENSE)
-	$(DEMO_GRANET)
-	@$(DEMO_REPORT)
+	@rm -rf runs/demo
+	@for seed in $(SEEDS); do \
+	  $(DEMO_DENSE) --seed $$seed --output runs/demo --experiment dense-$$seed && \
+	  $(DEMO_GRANET) --seed $$seed --output runs/demo --experiment granet-$$seed || exit 1; \
+	done
+	@$(BIN)/granet report runs/demo
 
 say-demo:
 	@echo "make demo: set up $(VENV) where it is missing; train a small ResNet on scikit-learn's handwritten digits,"
