@@ -345,7 +345,8 @@ def _spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The input in the dtype that torch would compute in; the operator casts the weight itself."""
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+    known = device_type != "meta"  # to torch.autocast
+    if known and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(device_type)), bias
     if input.dtype != weight.dtype:
         raise ValueError(

@@ -16,6 +16,13 @@ def seeded():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def settable_backend_flags():
+    """Importing torch's own test tables forbids `torch.backends.cudnn.benchmark = …`; training sets it."""
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+    assert not torch.backends.flags_frozen()
+
+
 def pytest_collection_modifyitems(config, items):
     """Tests marked gpu need one; without it they are deselected, and the closing line counts them."""
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from granet_kernels.selftest.inputs import SIZES
 from tests.helpers import INF, NAN, bits, mask_of
 
 BACKENDS = backends_with("pack_mask")
+pytestmark = pytest.mark.filterwarnings("ignore:granet_kernels. cpp has no mask_")
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

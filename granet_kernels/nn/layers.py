@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class MaskedLayer(_Base):
     dense_type: ClassVar[type[nn.Module]]
     """The layer of torch.nn that this one extends."""
 
-    weight: nn.Parameter
+    weight: Tensor
     packed_mask: Tensor
     dense_grad: Tensor
 
@@ -54,14 +54,22 @@ class MaskedLayer(_Base):
         if type(layer) is not cls.dense_type:
             expected = f"torch.nn.{cls.dense_type.__name__}, not a subclass of it"
             raise TypeError(f"layer: expected {expected}, got {type(layer).__qualname__}")
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-            raise ValueError(
-                "layer: expected weight to be a parameter, got one computed from others"
-            )
+        if reason := cls.cannot_adopt(layer):
+            raise ValueError(f"layer: {reason}")
         layer.__class__ = cls
         assert isinstance(layer, cls)
         layer._init_mask()
         return layer
+
+    @staticmethod
+    def cannot_adopt(layer: nn.Module) -> str | None:
+        """Why a dense layer cannot be masked; None if it can."""
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            return "expected weight to be a parameter, got one computed from others"
+        if not weight.is_floating_point():
+            return f"expected a floating weight, got {weight.dtype}"
+        return None
 
     def to_dense(self) -> nn.Module:
         """A layer of torch.nn with copies of the masked weight, the bias and the hooks."""
@@ -161,13 +169,13 @@ class MaskedLayer(_Base):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of copies and pickles: the new parameter has the new mask."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         attach_mask(self.weight, self.packed_mask)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts: the mask stays uint8 and follows the weight's order in memory."""
         before = self.bitmask
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         attached = attached_mask(self.weight)
         if attached is not None and attached is not before.packed:
             self._buffers["packed_mask"] = attached  # a layer of the same weight was here first
@@ -203,24 +211,28 @@ class MaskedLayer(_Base):
     ) -> None:
         """From a weight without a mask all become active; without the weight nothing changes."""
         key, weight = f"{prefix}packed_mask", state_dict.get(f"{prefix}weight")
-        mask = self.bitmask if weight is None else BitMask.full(self.weight)
+        mask = None
         try:
             if key in state_dict:
                 mask = BitMask.from_canonical(state_dict[key], self.weight.shape)
         except ValueError as error:
             error_msgs.append(f"{key}: {error}")
             return
-        own = dict(state_dict)
-        own[key] = (
-            self.packed_mask
-        )  # ours is already in place: the parent must neither miss nor replace it
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        own = {name: value for name, value in state_dict.items() if name != key}
+        self._non_persistent_buffers_set.add("packed_mask")  # else the parent misses or replaces it
+        try:
+            super()._load_from_state_dict(
+                own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._non_persistent_buffers_set.discard("packed_mask")
         if weight is not None and weight.shape != self.weight.shape:
             return  # the parent has reported it, and kept the weight
-        packed = mask.packed.to(self.weight.device)
-        self._set_mask(BitMask(packed, mask.shape, mask.order))
+        if mask is not None:
+            packed = mask.packed.to(self.weight.device)
+            self._set_mask(BitMask(packed, mask.shape, mask.order))
+        elif weight is not None:
+            self._set_mask(BitMask.full(self.weight))
 
 
 class MaskedConv2d(MaskedLayer, nn.Conv2d):
@@ -239,8 +251,33 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     dense_type = nn.Conv2d
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
         self._init_mask()
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -281,8 +318,15 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     dense_type = nn.Linear
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
         self._init_mask()
 
     def forward(self, input: Tensor) -> Tensor:

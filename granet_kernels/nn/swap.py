@@ -40,7 +40,7 @@ def sparsify(
 
     Raises:
         ValueError: a glob matches no Conv2d or Linear (the message lists their names), the model
-            has none, or a chosen layer computes its weight. The model is then as it was.
+            has none, or the weight of a chosen layer cannot be masked. The model is then as it was.
     """
     named = list(model.named_modules(remove_duplicate=False))  # a shared layer has several names
     layers = {name: module for name, module in named if type(module) in _MASKED}
@@ -57,10 +57,8 @@ def sparsify(
         if _matches(name, include) and layer not in excluded:
             chosen.setdefault(layer, name)
     for layer, name in chosen.items():
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-            raise ValueError(
-                f"model: expected the weight of {name!r} to be a parameter, got one computed from others"
-            )
+        if reason := MaskedLayer.cannot_adopt(layer):
+            raise ValueError(f"model: {name}: {reason}")
     for layer in chosen:
         _MASKED[type(layer)].adopt(layer)
     return model

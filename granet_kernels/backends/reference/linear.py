@@ -28,13 +28,13 @@ def masked_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
-    rows = grad_output.reshape(-1, weight.size(0))
+    rows = torch.atleast_2d(grad_output).flatten(0, -2)  # not view(-1, n): n may be 0
     gradients = []
     if needs[0]:
         grad_input = grad_output @ mask_cast(weight, mask, input.dtype)
         gradients.append(torch.empty_like(input).copy_(grad_input))
     if needs[1]:
-        grad_weight = rows.t() @ input.reshape(-1, weight.size(1))
+        grad_weight = rows.t() @ torch.atleast_2d(input).flatten(0, -2)
         gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
     if needs[2] and bias is not None:
         gradients.append(torch.empty_like(bias).copy_(rows.sum(0)))
