@@ -333,12 +333,12 @@ def test_methods_are_registered():
             {"total_steps": 4},
             "prune_until: the ramp from step 0 to 2 holds no update at update_every=5",
         ),
-        ({"update_every": 0}, "every: expected an integer of at least 1, got 0"),
+        ({"update_every": 0}, "update_every: expected at least 1 step, got 0"),
         ({"prune_until": "half"}, "prune_until: expected a step or a percentage"),
         ({"prune_until": 61}, "prune_until: expected a step in [0, 60], got 61"),
         ({"distribution": "er"}, "distribution: expected one of erk, uniform, got 'er'"),
         ({"scope": "local"}, "scope: expected 'global' or 'layer', got 'local'"),
-        ({"drop_fraction": 1.5}, "initial: expected a number in [0, 1], got 1.5"),
+        ({"drop_fraction": 1.5}, "drop_fraction: expected a number in [0, 1], got 1.5"),
     ],
 )
 def test_bad_settings_change_nothing(change, message):

@@ -63,39 +63,33 @@ class GraNet(Sparsifier):
         official_rounding: bool = False,
         seed: int = 0,
     ) -> None:
+        _check_settings(initial_sparsity, sparsity, drop_fraction, update_every)
+        start = as_step(prune_from, total_steps, "prune_from")
+        until = as_step(prune_until, total_steps, "prune_until")
+        # What regrows on the last step would stay zero, but the published code does it.
+        last = total_steps if official_rounding else total_steps - 1
+        self.ramp = CubicRamp(
+            initial=initial_sparsity,
+            final=sparsity,
+            begin=start,
+            end=min(until, last),
+            every=update_every,
+            official_rounding=official_rounding,
+        )
+        self.drop_fraction = _as_schedule(drop_fraction, total_steps)
         settings = {
             "sparsity": sparsity,
             "total_steps": total_steps,
             "initial_sparsity": initial_sparsity,
             "update_every": update_every,
-            "prune_from": as_step(prune_from, total_steps, "prune_from"),
-            "prune_until": as_step(prune_until, total_steps, "prune_until"),
+            "prune_from": start,
+            "prune_until": until,
             "drop_fraction": None if callable(drop_fraction) else drop_fraction,
             "distribution": distribution,
             "scope": scope,
             "official_rounding": official_rounding,
         }
-        _check_sparsities(initial_sparsity, sparsity)
-        last = (
-            total_steps if official_rounding else total_steps - 1
-        )  # what regrows last must still train
-        start = as_step(prune_from, total_steps, "prune_from")
         clock = UpdateClock(every=update_every, start=start, stop=max(last + 1, start))
-        self.ramp = CubicRamp(
-            initial=initial_sparsity,
-            final=sparsity,
-            begin=start,
-            end=min(as_step(prune_until, total_steps, "prune_until"), last),
-            every=update_every,
-            official_rounding=official_rounding,
-        )
-        self.drop_fraction = (
-            drop_fraction
-            if callable(drop_fraction)
-            else CosineDecay(
-                initial=drop_fraction, total_steps=total_steps, floor=min(0.005, drop_fraction)
-            )
-        )
         super().__init__(
             model, optimizer, total_steps=total_steps, clock=clock, settings=settings, seed=seed
         )
@@ -127,7 +121,16 @@ class GraNet(Sparsifier):
         self.drop_regrow(self.drop_fraction(step))
 
 
-def _check_sparsities(initial_sparsity: float, sparsity: float) -> None:
+def _as_schedule(drop_fraction: float | Schedule, total_steps: int) -> Schedule:
+    if callable(drop_fraction):
+        return drop_fraction
+    floor = min(0.005, drop_fraction)  # the published code's last value
+    return CosineDecay(initial=drop_fraction, total_steps=total_steps, floor=floor)
+
+
+def _check_settings(
+    initial_sparsity: float, sparsity: float, drop_fraction: float | Schedule, update_every: int
+) -> None:
     for name, value in (("initial_sparsity", initial_sparsity), ("sparsity", sparsity)):
         if not 0 <= value < 1:
             raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
@@ -135,3 +138,7 @@ def _check_sparsities(initial_sparsity: float, sparsity: float) -> None:
         raise ValueError(
             f"initial_sparsity: expected at most sparsity, {sparsity}, got {initial_sparsity}"
         )
+    if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction: expected a number in [0, 1], got {drop_fraction}")
+    if update_every < 1:
+        raise ValueError(f"update_every: expected at least 1 step, got {update_every}")
