@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 import granet_kernels.ops  # noqa: F401 - registers the operators
 from granet_kernels.layout import aligned, shaped
@@ -168,7 +168,7 @@ class TopkMaskFunction(torch.autograd.Function):
     """Forward: the selection. Backward: the identity."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, counts: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
+    def forward(counts: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
         rows = [score.contiguous() for score in scores]
         packed = _ops.topk_mask(rows, counts)
         return tuple(
@@ -177,7 +177,11 @@ class TopkMaskFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *grads)
 
 
@@ -206,11 +210,13 @@ class MaskCastFunction(torch.autograd.Function):
     """Backward: the gradient in the weight's dtype, masked unless the dense one is asked for."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, weight: Tensor, mask: Tensor, dense_grad: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.save_for_backward(weight, mask, dense_grad)
+    def forward(weight: Tensor, mask: Tensor, dense_grad: Tensor, dtype: torch.dtype) -> Tensor:
         return _ops.mask_cast(weight, mask, dtype)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, mask, dense_grad, _ = inputs
+        ctx.save_for_backward(weight, mask, dense_grad)
 
     @staticmethod
     @once_differentiable
@@ -263,7 +269,6 @@ class MaskedConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         input: Tensor,
         weight: Tensor,
         mask: Tensor,
@@ -274,11 +279,14 @@ class MaskedConv2dFunction(torch.autograd.Function):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, mask, bias, dense_grad)
-        ctx.geometry = (stride, padding, dilation, groups)
         return _ops.masked_conv2d(  # type: ignore[no-any-return]
             input, weight, mask, bias, stride, padding, dilation, groups
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, mask, bias, dense_grad, *ctx.geometry = inputs
+        ctx.save_for_backward(input, weight, mask, bias, dense_grad)
 
     @staticmethod
     @once_differentiable
@@ -311,15 +319,17 @@ class MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         input: Tensor,
         weight: Tensor,
         mask: Tensor,
         bias: Tensor | None,
         dense_grad: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, mask, bias, dense_grad)
         return _ops.masked_linear(input, weight, mask, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable

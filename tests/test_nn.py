@@ -921,3 +921,29 @@ def assert_compiled_equals(compiled, eager, input):
     actual, expected = results(compiled, input), results(eager, input)
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "layer", [MaskedConv2d(3, 4, 3), MaskedLinear(8, 4)], ids=["conv", "linear"]
+)
+def test_torch_func_grad(layer):
+    """The functional transforms see the same gradients as backward()."""
+    layer.mask = torch.rand(layer.weight.shape) < 0.5
+    x = torch.randn(2, 3, 8, 8)
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    parameters = dict(layer.named_parameters())
+    functional = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        assert torch.equal(functional[name], parameter.grad)
+
+
+def test_double_backward_is_refused():
+    layer = MaskedLinear(3, 2)
+    loss = layer(torch.randn(4, 3)).square().sum()
+    (grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
