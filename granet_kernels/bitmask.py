@@ -95,24 +95,43 @@ class BitMask:
         return longer_than_one == sorted(longer_than_one)
 
 
-_mask_of: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+@dataclass(frozen=True, slots=True)
+class _Attachment:
+    packed: Tensor
+    stride: tuple[int, ...]
+    """Of the weight, when the bits were in its order."""
+
+
+_attachments: MutableMapping[Tensor, _Attachment] = WeakIdKeyDictionary()
 
 
 def attach_mask(weight: Tensor, packed: Tensor) -> None:
-    """Tell optimizers that ``packed`` is the mask of this parameter.
+    """Tell optimizers that ``packed`` is the mask of this parameter, in its storage order.
 
     The masked layers do this for their weights. It is public so that any other parameter can be
     masked: keep the invariant that an inactive weight is zero
     (:func:`granet_kernels.zero_inactive_`).
     """
-    _mask_of[weight] = packed
+    _attachments[weight] = _Attachment(packed, weight.stride())
 
 
 def detach_mask(weight: Tensor) -> None:
     """Let optimizers treat this parameter as dense again."""
-    _mask_of.pop(weight, None)
+    _attachments.pop(weight, None)
 
 
 def attached_mask(weight: Tensor) -> Tensor | None:
-    """The packed mask of a parameter; None if it has none."""
-    return _mask_of.get(weight)
+    """The packed mask of a parameter; None if it has none.
+
+    A weight may change its layout behind our back (``weight.data = …``, as torch's own
+    ``convert_conv2d_weight_memory_format`` does): then the bits are put into its new order first.
+    """
+    attachment = _attachments.get(weight)
+    if attachment is None:
+        return None
+    if weight.stride() != attachment.stride:
+        as_attached = torch.empty_strided(weight.shape, attachment.stride, device="meta")
+        mask = BitMask(attachment.packed, weight.shape, storage_order(as_attached))
+        attachment.packed.copy_(mask.in_order_of(weight).packed)
+        attach_mask(weight, attachment.packed)
+    return attachment.packed

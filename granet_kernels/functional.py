@@ -9,6 +9,7 @@ an underscore write their arguments in place, outside autograd.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -86,8 +87,7 @@ def prune_(
     *,
     momenta: Sequence[Tensor] | None = None,
 ) -> None:
-    """Keep the ``k`` active weights of largest magnitude; zero the rest and their momentum (in
-    place).
+    """Keep the ``k`` active weights of largest magnitude; zero the others and their momentum.
 
     Exactly ``k`` stay; where fewer are active, all of them do. Equal magnitudes: the lower (tensor,
     element) index stays. NaN ranks as the largest magnitude.
@@ -192,8 +192,7 @@ def mask_cast(
     *,
     dense_grad: Tensor | None = None,
 ) -> Tensor:
-    """The masked weight in a compute dtype: one pass does what autocast would, and the mask with
-    it.
+    """The masked weight in a compute dtype, in one pass: what autocast would do, and the mask.
 
     Args:
         weight: dense in memory.
@@ -249,6 +248,8 @@ def masked_conv2d(
     Under autocast it computes in the autocast dtype, as ``F.conv2d`` does.
     """
     input, bias = _autocast(input, weight, bias)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: expected 3 or 4 dimensions, got shape {tuple(input.shape)}")
     batched = input.dim() == 4
     output: Tensor = MaskedConv2dFunction.apply(
         input if batched else input.unsqueeze(0),
@@ -256,9 +257,9 @@ def masked_conv2d(
         mask,
         bias,
         _flag(dense_grad, weight),
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
         groups,
     )
     return output if batched else output.squeeze(0)
@@ -373,7 +374,11 @@ def _flag(dense_grad: Tensor | None, weight: Tensor) -> Tensor:
     )
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
+def _pair(argument: str, value: int | Sequence[int]) -> list[int]:
+    if isinstance(value, str):
+        raise TypeError(
+            f"{argument}: expected numbers, got {value!r}; MaskedConv2d takes the words"
+        )
     return [value, value] if isinstance(value, int) else list(value)
 
 
@@ -392,13 +397,18 @@ def _counts(k: int | Sequence[int] | Tensor, numels: Sequence[int], device: torc
     """``k`` as the operator takes it: int64, one element for all tensors together or one for each."""
     if isinstance(k, Tensor):
         return k
-    counts, limits = ([k], [sum(numels)]) if isinstance(k, int) else (list(k), list(numels))
+    if isinstance(k, Sequence):
+        counts, limits = list(k), list(numels)
+    elif isinstance(k, Integral):
+        counts, limits = [int(k)], [sum(numels)]
+    else:
+        raise TypeError(f"k: expected an integer, a list of them or an int64 tensor, got {k!r}")
     if len(counts) != len(limits):
         raise ValueError(
             f"k: expected one count, or {len(limits)}, one for each tensor, got {len(counts)}"
         )
     for i, (count, limit) in enumerate(zip(counts, limits, strict=True)):
         if not 0 <= count <= limit:
-            name = "k" if isinstance(k, int) else f"k[{i}]"
+            name = "k" if isinstance(k, Integral) else f"k[{i}]"
             raise ValueError(f"{name}: expected a count from 0 to {limit}, got {count}")
     return torch.tensor(counts, dtype=torch.int64, device=device)

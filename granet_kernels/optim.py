@@ -178,7 +178,7 @@ class MaskedSGD(torch.optim.SGD):
         with torch.no_grad():
             _ops.masked_sgd_(
                 params,
-                [_dense_grad(param) for param in params],
+                [_strided_grad(param) for param in params],
                 momenta,
                 [attached_mask(param) for param in params],
                 lr=0.0 if isinstance(lr, Tensor) else lr,
@@ -205,7 +205,7 @@ class MaskedSGD(torch.optim.SGD):
             self._mask_versions[param] = seen
 
 
-def _dense_grad(param: Tensor) -> Tensor:
+def _strided_grad(param: Tensor) -> Tensor:
     assert param.grad is not None
     if param.grad.is_sparse:
         raise ValueError(

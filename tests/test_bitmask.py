@@ -191,10 +191,10 @@ def test_parameters_of_equal_values_have_masks_of_their_own():
 
 def test_attaching_keeps_no_parameter_alive():
     gc.collect()
-    before = len(bitmask._mask_of)
+    before = len(bitmask._attachments)
     weight = nn.Parameter(torch.zeros(4))
     attach_mask(weight, full_mask(4))
-    assert len(bitmask._mask_of) == before + 1
+    assert len(bitmask._attachments) == before + 1
     del weight
     gc.collect()
-    assert len(bitmask._mask_of) == before
+    assert len(bitmask._attachments) == before

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import re
 
 import pytest
@@ -297,8 +298,11 @@ def test_zero_grad_before_step_is_an_error_that_says_so():
     model(batch(0)[0]).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+    before = sparsifier.active_counts()
     with pytest.raises(RuntimeError, match=r"before zero_grad\(\)"):
         sparsifier.step()
+    assert sparsifier.active_counts() == before
+    assert sparsifier.steps == 0
 
 
 def test_official_rounding_reproduces_the_published_counts():
@@ -316,6 +320,63 @@ def test_drop_fraction_may_be_a_schedule():
     assert sparsifier.drop_fraction(7) == 0.2
     _, _, sparsifier = run(drop_fraction=0.0)
     assert sum(sparsifier.active_counts()) == sparsifier.target_active
+
+
+def test_a_model_sparser_than_the_target_is_refused():
+    model = network()
+    for layer in masked_layers(model).values():
+        layer.mask = torch.zeros(layer.weight.shape, dtype=torch.bool).index_fill_(
+            0, torch.tensor([0]), True
+        )
+    optimizer = sgd(model)
+    with pytest.raises(ValueError, match=r"model: expected at least .* active weights"):
+        GraNet(model, optimizer, sparsity=0.5, total_steps=STEPS, update_every=5)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_refused_or_removed_sparsifier_leaves_no_hook():
+    model = network()
+    optimizer = sgd(model)
+    with pytest.raises(ValueError, match="largest feasible"):
+        GraNet(model, optimizer, **(SETTINGS | {"sparsity": 0.9999}))
+    assert not optimizer._optimizer_step_post_hooks
+    sparsifier = GraNet(model, optimizer, **SETTINGS)
+    sparsifier.remove()
+    train(model, optimizer, sparsifier, 0, 10)
+    assert sparsifier.steps == 0
+
+
+def test_copies_go_on_pruning():
+    """An optimizer loses its hooks when it is copied."""
+    parts = network()
+    parts = (parts, optimizer := sgd(parts), GraNet(parts, optimizer, **SETTINGS))
+    train(*parts, 0, 7)
+    for copied in (copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
+        train(*copied, 7)
+        assert sum(copied[2].active_counts()) == copied[2].target_active
+        assert copied[2].steps == STEPS
+
+
+def test_stepping_another_optimizer_is_noticed():
+    model = network()
+    sparsifier = GraNet(model, sgd(model), **SETTINGS)
+    train(model, sgd(model), sparsifier)
+    with pytest.warns(UserWarning, match="is another optimizer being stepped"):
+        train(model, sgd(model), sparsifier)
+
+
+def test_growth_scores_of_a_shared_weight_are_whole():
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    model = sparsify(nn.Sequential(first, nn.ReLU(), second))
+    GraNet(model, sgd(model), sparsity=0.5, total_steps=9, update_every=1, initial_sparsity=0.4)
+    dense = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    model(x).square().sum().backward()
+    weight = (dense[0].weight * dense[0].mask).detach().requires_grad_()
+    hidden = nn.functional.linear(x, weight, dense[0].bias).relu()
+    nn.functional.linear(hidden, weight, dense[2].bias).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, weight.grad)
 
 
 def test_methods_are_registered():
@@ -376,6 +437,9 @@ def test_an_optimizer_of_other_parameters_is_refused():
         ),
         (lambda s: s.update(version=99), "expected version 1, got 99"),
         (lambda s: s.pop("steps"), "steps"),
+        (lambda s: s.update(steps="7"), "expected steps from 0 to 60, got '7'"),
+        (lambda s: s.update(steps=-1), "expected steps from 0 to 60, got -1"),
+        (lambda s: s.update(generator=None), "expected the generator's state"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.testing._internal.common_modules import module_db
 
-from granet_kernels import MaskedConv2d, MaskedLinear, attached_mask, pack_mask
+from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, attached_mask, pack_mask
 from granet_kernels.layout import full_mask
 from tests.helpers import NAN, bits
 
@@ -379,8 +379,8 @@ def test_mask_setter_takes_any_strides(kind):
     [
         ((2, 3, 6, 5), r"input: expected 4 channels, got float32 \(2, 3, 6, 5\)"),
         ((2, 4, 2, 5), "input: expected a padded image no smaller than the dilated kernel"),
-        ((2, 4), "input: expected 4 dimensions"),
-        ((1, 2, 4, 6, 5), "input: expected 4 dimensions"),
+        ((2, 4), "input: expected 3 or 4 dimensions"),
+        ((1, 2, 4, 6, 5), "input: expected 3 or 4 dimensions"),
     ],
     ids=["channels", "too-small", "2-D", "5-D"],
 )
@@ -947,3 +947,31 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("change", ["utility", "data"])
+def test_the_mask_follows_a_layout_that_changed_behind_its_back(change):
+    layer = MaskedConv2d(4, 8, 3)
+    layer.mask = torch.rand(8, 4, 3, 3) < 0.3
+    mask, weight = layer.mask, layer.weight.detach().clone()
+    x = torch.randn(2, 4, 6, 6)
+    expected = layer(x)
+    if change == "utility":
+        torch.nn.utils.convert_conv2d_weight_memory_format(layer, torch.channels_last)
+    else:
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x), expected)
+    assert torch.equal(layer.mask, mask)
+    optimizer = MaskedSGD(layer.parameters(), lr=0.0)
+    layer(x).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize(
+    "layer", [MaskedConv2d(3, 4, 3), MaskedLinear(8, 4)], ids=["conv", "linear"]
+)
+def test_a_bias_elsewhere_is_refused(layer):
+    layer.bias = torch.nn.Parameter(torch.zeros(4, device="meta"))
+    with pytest.raises(ValueError, match="bias: expected a tensor on cpu as weight, got meta"):
+        layer(torch.randn(2, 3, 8, 8))

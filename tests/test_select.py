@@ -1,5 +1,8 @@
 """Pruning, dropping and regrowing, top-k: the rules, by hand, on every backend."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -228,6 +231,54 @@ def test_momentum_of_another_layout_is_refused():
         ValueError, match=r"momenta\[0\]: expected the memory layout of weights\[0\]"
     ):
         prune_([weight], [full_mask(108)], 5, momenta=[torch.zeros(4, 3, 3, 3)])
+
+
+@pytest.mark.parametrize(("fraction", "dropped"), [(2.0, 15), (-1.0, 0), (NAN, 0), (INF, 15)])
+def test_a_drop_fraction_on_the_device_is_clamped(fraction, dropped):
+    """The host cannot check it, and the number of active weights must stay."""
+    weight, mask = torch.arange(1.0, 31), pack_mask(torch.arange(30) < 15)
+    scores = torch.arange(30.0)
+    p = torch.tensor(fraction, dtype=torch.float64)
+    drop_regrow_([weight], [mask], [scores], p)
+    new = unpack_mask(mask, (30,))
+    assert int(new.sum()) == 15
+    assert int(new[15:].sum()) == dropped
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda w, m, s: drop_regrow_([w], [m], [s], 0.3, momenta=[s]),
+            "momenta[0]: expected memory of its own",
+        ),
+        (
+            lambda w, m, s: prune_([w], [m], torch.tensor([1], device="meta")),
+            "k: expected a tensor on cpu",
+        ),
+        (
+            lambda w, m, s: prune_([w], [m], 2.0),
+            "k: expected an integer, a list of them or an int64 tensor",
+        ),
+    ],
+)
+def test_more_errors(call, message):
+    weight, mask, scores = torch.arange(1.0, 10.0), full_mask(9), torch.ones(9)
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        call(weight, mask, scores)
+    assert weight.tolist() == list(range(1, 10))
+
+
+def test_numpy_counts():
+    weight, mask = torch.arange(1.0, 10.0), full_mask(9)
+    prune_([weight], [mask], np.int64(4))
+    assert sum(active(mask, 9)) == 4
+
+
+def test_operators_refuse_empty_lists():
+    """The public functions return at once; the operator would not know a device."""
+    with pytest.raises(ValueError, match="masks: expected at least one tensor, got an empty list"):
+        torch.ops.granet.count_active([])
 
 
 def test_empty_lists():

@@ -111,6 +111,7 @@ class MaskedLayer(_Base):
     @property
     def bitmask(self) -> BitMask:
         """The mask as a value, sharing the memory of ``packed_mask``."""
+        attached_mask(self.weight)  # brings the bits into the weight's order, should that be new
         return BitMask(self.packed_mask, self.weight.shape, storage_order(self.weight))
 
     @property
@@ -129,6 +130,12 @@ class MaskedLayer(_Base):
             self.dense_grad.zero_()
             self._set_mask(BitMask.full(self.weight))
 
+    def _mask_of(self, weight: Tensor) -> Tensor:
+        """What the forward pass masks with; a weight that changed its layout takes the bits along."""
+        if not torch.compiler.is_compiling():  # a compiled graph is for one layout anyway
+            attached_mask(weight)
+        return self.packed_mask
+
     def extra_repr(self) -> str:
         sparsity = "?" if self.packed_mask.is_meta else f"{self.sparsity:.4f}"
         return f"{super().extra_repr()}, sparsity={sparsity}"
@@ -144,6 +151,7 @@ class MaskedLayer(_Base):
 
     def _set_mask(self, mask: BitMask) -> None:
         self.packed_mask.copy_(mask.in_order_of(self.weight).packed)
+        attach_mask(self.weight, self.packed_mask)
         if not self.weight.is_meta:
             zero_inactive_([self.weight], [self.packed_mask])
 
@@ -179,6 +187,8 @@ class MaskedLayer(_Base):
         attached = attached_mask(self.weight)
         if attached is not None and attached is not before.packed:
             self._buffers["packed_mask"] = attached  # a layer of the same weight was here first
+            return self
+        if attached is self.packed_mask:  # not moved, and in the weight's order
             return self
         if self.packed_mask.dtype != torch.uint8:  # Module.type() casts every buffer
             self._buffers["packed_mask"] = before.packed.to(self.weight.device)
@@ -292,7 +302,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return masked_conv2d(
             input,
             weight,
-            self.packed_mask,
+            self._mask_of(weight),
             bias,
             self.stride,
             padding,  # type: ignore[arg-type]
@@ -330,6 +340,5 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self._init_mask()
 
     def forward(self, input: Tensor) -> Tensor:
-        return masked_linear(
-            input, self.weight, self.packed_mask, self.bias, dense_grad=self.dense_grad
-        )
+        mask = self._mask_of(self.weight)
+        return masked_linear(input, self.weight, mask, self.bias, dense_grad=self.dense_grad)

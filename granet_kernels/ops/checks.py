@@ -1,5 +1,4 @@
-"""Argument checks. They read shapes, strides, dtypes and devices, never data, so they are also the
-fakes.
+"""Argument checks: they read shapes, strides, dtypes and devices, never data, so fakes run them.
 
 Every error is a ValueError that names the argument, says what was expected, and shows what came.
 """
@@ -7,7 +6,6 @@ Every error is a ValueError that names the argument, says what was expected, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -37,6 +35,12 @@ def check_lengths(**lists: Sequence[Tensor]) -> None:
     for name, other in others:
         if len(other) != len(tensors):
             fail(name, f"{len(tensors)} tensors, one for each of {first}", len(other))
+
+
+def check_not_empty(name: str, tensors: Sequence[Tensor]) -> None:
+    """The first tensor tells the device; the public functions need no operator for an empty list."""
+    if not tensors:
+        fail(name, "at least one tensor", "an empty list")
 
 
 def check_floating(argument: str, tensor: Tensor) -> None:
@@ -84,6 +88,7 @@ def check_mask(argument: str, mask: Tensor, weight: Tensor, weight_name: str) ->
 
 def check_masked(name: str, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Tensors that are written in place, each with its mask, all on one device."""
+    check_not_empty(name, tensors)
     check_lengths(**{name: tensors, "masks": masks})
     for i, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
         check_written(f"{name}[{i}]", tensor)
@@ -104,26 +109,76 @@ def check_momenta(momenta: Sequence[Tensor], weights: Sequence[Tensor], weights_
             fail(f"momenta[{i}]", expected, f"strides {momentum.stride()}")
 
 
-def check_disjoint(**lists: Sequence[Tensor]) -> None:
-    """No two of the tensors that will be written share memory: the result would depend on the order."""
-    spans: list[tuple[int, int, str]] = []
-    for name, tensors in lists.items():
-        for i, tensor in enumerate(tensors):
-            start = tensor.data_ptr()
-            spans.append((start, start + tensor.numel() * tensor.element_size(), f"{name}[{i}]"))
-    spans = sorted(span for span in spans if span[0] != span[1])
-    for (_, end, first), (start, _, second) in pairwise(spans):
-        if start < end:
-            fail(
-                second,
-                f"memory of its own, for it is written in place as {first} is",
-                "shared memory",
-            )
+def check_disjoint(reads: Sequence[Tensor] = (), **written: Sequence[Tensor]) -> None:
+    """No tensor that is written shares memory with another: the result would depend on the order.
+
+    Args:
+        reads: tensors that are only read, which may overlap one another.
+        written: lists of tensors that are written, by the name of the argument.
+    """
+    spans = [(*_span(tensor), "") for tensor in reads]
+    for name, tensors in written.items():
+        spans += [(*_span(tensor), f"{name}[{i}]") for i, tensor in enumerate(tensors)]
+    end_of_any, end_of_written, last_written = 0, 0, ""
+    for start, end, name in sorted(span for span in spans if span[0] != span[1]):
+        if start < (end_of_any if name else end_of_written):
+            shared = f"memory shared with {(name and last_written) or 'an argument that is read'}"
+            fail(name or last_written, "memory of its own, for it is written in place", shared)
+        end_of_any = max(end_of_any, end)
+        if name:
+            end_of_written, last_written = max(end_of_written, end), name
 
 
-def check_scalar(argument: str, tensor: Tensor) -> None:
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte, and the one behind the last, of the memory that the elements lie in."""
+    if tensor.numel() == 0:
+        return 0, 0
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def check_scalar(argument: str, tensor: Tensor, like: Tensor) -> None:
+    """A hyperparameter as a tensor of one element, on the CPU or beside ``like``."""
     if tensor.numel() != 1:
         fail(argument, "a tensor of one element", describe(tensor))
+    check_beside(argument, tensor, like)
+
+
+def check_beside(argument: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device not in (like.device, torch.device("cpu")):
+        fail(argument, f"a tensor on cpu or {like.device}", tensor.device)
+
+
+def check_flag(argument: str, flag: Tensor, weight: Tensor) -> None:
+    """A bool that lies beside the weight, so that no kernel waits for the host to read it."""
+    check_scalar(argument, flag, weight)
+    if flag.dtype != torch.bool:
+        fail(argument, "a bool tensor of one element", describe(flag))
+    check_device(argument, flag, weight, "weight")
+
+
+def check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """None, or one floating value for each output of ``weight``."""
+    if bias is None:
+        return
+    check_floating("bias", bias)
+    check_device("bias", bias, weight, "weight")
+    if bias.dim() != 1 or bias.size(0) != weight.size(0):
+        fail("bias", f"shape ({weight.size(0)},)", describe(bias))
+
+
+def check_grad_output(grad_output: Tensor, size: tuple[int, ...], input: Tensor) -> None:
+    """The gradient of an output of that size, in the input's dtype."""
+    check_device("grad_output", grad_output, input, "input")
+    if tuple(grad_output.shape) != size or grad_output.dtype != input.dtype:
+        fail("grad_output", f"{dtype_name(input.dtype)} {size}", describe(grad_output))
+
+
+def check_needs(needs: Sequence[bool], bias: Tensor | None) -> None:
+    """Which gradients of a layer are wanted."""
+    if len(needs) != 3 or (needs[2] and bias is None):
+        expected = "three flags (input, weight, bias), the last one False without a bias"
+        fail("needs", expected, list(needs))
 
 
 def check_count(argument: str, k: Tensor, tensors: Sequence[Tensor], tensors_name: str) -> None:
@@ -131,3 +186,4 @@ def check_count(argument: str, k: Tensor, tensors: Sequence[Tensor], tensors_nam
     if k.dtype != torch.int64 or k.dim() != 1 or k.numel() not in (1, len(tensors)):
         sizes = f"(1,) over all tensors or ({len(tensors)},), one for each of {tensors_name}"
         fail(argument, f"int64 {sizes}", describe(k))
+    check_beside(argument, k, tensors[0])

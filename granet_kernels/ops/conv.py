@@ -14,15 +14,18 @@ from torch import Tensor
 
 from granet_kernels.layout import conv_memory_format
 from granet_kernels.ops.checks import (
+    check_bias,
     check_device,
+    check_flag,
     check_floating,
+    check_grad_output,
     check_mask,
+    check_needs,
     check_written,
     describe,
     fail,
 )
 from granet_kernels.ops.define import define
-from granet_kernels.ops.mask import check_flag
 
 
 def check_masked_conv2d(
@@ -51,8 +54,7 @@ def check_masked_conv2d(
         fail("groups", f"a divisor of the {weight.size(0)} output channels", groups)
     if input.size(1) != weight.size(1) * groups:
         fail("input", f"{weight.size(1) * groups} channels", describe(input))
-    if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
-        fail("bias", f"shape ({weight.size(0)},)", describe(bias))
+    check_bias(bias, weight)
     for name, values, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),
@@ -120,18 +122,8 @@ def check_masked_conv2d_backward(
     check_masked_conv2d(input, weight, mask, bias, stride, padding, dilation, groups)
     check_flag("dense_grad", dense_grad, weight)
     size = (input.size(0), weight.size(0), *output_size(input, weight, stride, padding, dilation))
-    if tuple(grad_output.shape) != size or grad_output.dtype != input.dtype:
-        fail("grad_output", f"{input.dtype} {size}", describe(grad_output))
+    check_grad_output(grad_output, size, input)
     check_needs(needs, bias)
-
-
-def check_needs(needs: Sequence[bool], bias: Tensor | None) -> None:
-    if len(needs) != 3 or (needs[2] and bias is None):
-        fail(
-            "needs",
-            "three flags (input, weight, bias), the last one False without a bias",
-            list(needs),
-        )
 
 
 def fake_gradients(

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from granet_kernels.ops.checks import (
+    check_bias,
     check_device,
+    check_flag,
     check_floating,
+    check_grad_output,
     check_mask,
+    check_needs,
     check_written,
     describe,
     fail,
 )
-from granet_kernels.ops.conv import check_needs, fake_gradients
+from granet_kernels.ops.conv import fake_gradients
 from granet_kernels.ops.define import define
-from granet_kernels.ops.mask import check_flag
 
 
 def check_masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
@@ -28,8 +31,7 @@ def check_masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tenso
     check_device("input", input, weight, "weight")
     if input.dim() < 1 or input.size(-1) != weight.size(1):
         fail("input", f"{weight.size(1)} features in the last dimension", describe(input))
-    if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
-        fail("bias", f"shape ({weight.size(0)},)", describe(bias))
+    check_bias(bias, weight)
 
 
 define(
@@ -52,8 +54,7 @@ def check_masked_linear_backward(
     check_masked_linear(input, weight, mask, bias)
     check_flag("dense_grad", dense_grad, weight)
     size = (*input.shape[:-1], weight.size(0))
-    if tuple(grad_output.shape) != size or grad_output.dtype != input.dtype:
-        fail("grad_output", f"{input.dtype} {size}", describe(grad_output))
+    check_grad_output(grad_output, size, input)
     check_needs(needs, bias)
 
 

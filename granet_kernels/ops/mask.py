@@ -12,12 +12,13 @@ from granet_kernels.ops.checks import (
     FLOATING,
     check_device,
     check_disjoint,
+    check_flag,
     check_floating,
     check_like,
     check_mask,
     check_masked,
+    check_not_empty,
     check_packed,
-    check_scalar,
     check_written,
     describe,
     dtype_name,
@@ -58,6 +59,7 @@ define(
 
 
 def check_count_active(masks: Sequence[Tensor]) -> None:
+    check_not_empty("masks", masks)
     for i, mask in enumerate(masks):
         check_packed(f"masks[{i}]", mask)
         check_device(f"masks[{i}]", mask, masks[0], "masks[0]")
@@ -75,7 +77,7 @@ define(
     "zero_inactive_",
     "(Tensor(a!)[] tensors, Tensor[] masks) -> ()",
     check=lambda tensors, masks: check_masked("tensors", tensors, masks),
-    check_data=lambda tensors, masks: check_disjoint(tensors=tensors),
+    check_data=lambda tensors, masks: check_disjoint(reads=masks, tensors=tensors),
 )
 
 
@@ -100,13 +102,6 @@ def check_mask_grad(grad: Tensor, weight: Tensor, mask: Tensor, dense_grad: Tens
     check_like("grad", grad, weight, "weight")
     check_mask("mask", mask, weight, "weight")
     check_flag("dense_grad", dense_grad, weight)
-
-
-def check_flag(argument: str, flag: Tensor, weight: Tensor) -> None:
-    check_scalar(argument, flag)
-    if flag.dtype != torch.bool:
-        fail(argument, "a bool tensor of one element", describe(flag))
-    check_device(argument, flag, weight, "weight")
 
 
 define(

@@ -72,8 +72,7 @@ def operators_of(name: str) -> frozenset[str]:
 
 
 class use_backend:
-    """Choose the backend of every operator: at once, and until the end of a ``with`` block if used
-    as one.
+    """Choose the backend of every operator, from now on or for a ``with`` block.
 
     The choice holds for the devices that the backend serves; tensors on others keep their default.
     It is one choice for the whole process, because autograd runs backward passes in threads of its

@@ -17,6 +17,7 @@ from granet_kernels.ops.checks import (
     check_like,
     check_masked,
     check_momenta,
+    check_not_empty,
     check_scalar,
     check_written,
     describe,
@@ -56,7 +57,7 @@ def check_drop_regrow(
     for i, (score, weight) in enumerate(zip(scores, weights, strict=True)):
         check_floating(f"scores[{i}]", score)
         check_like(f"scores[{i}]", score, weight, f"weights[{i}]")
-    check_scalar("drop_fraction", drop_fraction)
+    check_scalar("drop_fraction", drop_fraction, weights[0])
     if drop_fraction.dtype != torch.float64:
         fail("drop_fraction", "a float64 tensor of one element", describe(drop_fraction))
 
@@ -67,12 +68,13 @@ define(
     "Tensor(c!)[] momenta) -> ()",
     check=check_drop_regrow,
     check_data=lambda weights, masks, scores, drop_fraction, momenta: check_disjoint(
-        weights=weights, masks=masks, momenta=momenta
+        reads=scores, weights=weights, masks=masks, momenta=momenta
     ),
 )
 
 
 def check_topk_mask(scores: Sequence[Tensor], k: Tensor) -> None:
+    check_not_empty("scores", scores)
     for i, score in enumerate(scores):
         check_written(f"scores[{i}]", score)
         check_device(f"scores[{i}]", score, scores[0], "scores[0]")

@@ -9,6 +9,7 @@ from torch import Tensor
 from granet_kernels.ops.checks import (
     check_disjoint,
     check_floating,
+    check_lengths,
     check_like,
     check_masked,
     check_momenta,
@@ -38,16 +39,15 @@ def check_masked_sgd(
     found_inf: Tensor | None = None,
 ) -> None:
     check_masked("params", params, masks)
-    if len(grads) != len(params):
-        fail("grads", f"{len(params)} tensors, one for each of params", len(grads))
+    check_lengths(params=params, grads=grads)
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
         check_floating(f"grads[{i}]", grad)
         check_like(f"grads[{i}]", grad, param, f"params[{i}]")
         if param.dtype != params[0].dtype or grad.dtype != param.dtype:
             pair = f"params[{i}] {dtype_name(param.dtype)} and grads[{i}] {dtype_name(grad.dtype)}"
             fail(f"grads[{i}]", f"{dtype_name(params[0].dtype)} throughout, as params[0] is", pair)
-    if momentum != 0 and len(momenta) != len(params):
-        fail("momenta", f"{len(params)} tensors, one for each of params", len(momenta))
+    if momentum != 0:
+        check_lengths(params=params, momenta=momenta)
     check_momenta(momenta, params, "params")
     for i, buffer in enumerate(momenta):
         if buffer.dtype != momenta[0].dtype:
@@ -62,7 +62,7 @@ def check_masked_sgd(
         ("found_inf", found_inf),
     ):
         if scalar is not None:
-            check_scalar(name, scalar)
+            check_scalar(name, scalar, params[0])
 
 
 def check_masked_sgd_data(
@@ -72,7 +72,7 @@ def check_masked_sgd_data(
     masks: Sequence[Tensor],
     **_: object,
 ) -> None:
-    check_disjoint(params=params, momenta=momenta)
+    check_disjoint(reads=[*grads, *masks], params=params, momenta=momenta)
 
 
 define(

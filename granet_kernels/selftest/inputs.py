@@ -1,5 +1,4 @@
-"""Inputs for :mod:`granet_kernels.selftest`: sizes around byte and vector widths, ties, NaN, odd
-layouts.
+"""Inputs for :mod:`granet_kernels.selftest`: awkward sizes, ties, NaN, odd layouts.
 
 A generator yields ``(label, args, kwargs, roundings)``. Everything is drawn from a generator of its
 own.

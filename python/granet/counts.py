@@ -27,6 +27,22 @@ class ActiveCounts:
     official_rounding: bool
     """Counts of the published code (core.py of its CIFAR part)."""
 
+    def check_feasible(self, sparsity: float, active: Sequence[int]) -> None:
+        """Whether ``sparsity`` can be reached from layers of so many active weights.
+
+        Raises:
+            ValueError: it leaves a layer without a weight (the message names the largest feasible
+                one), or less is active already.
+        """
+        caps = active if self.scope == "layer" else None
+        layer_budgets(self.shapes, sparsity, self.distribution, caps)
+        target = active_budget(sparsity, sum(math.prod(shape) for shape in self.shapes))
+        if sum(active) < target:
+            raise ValueError(
+                f"model: expected at least {target} active weights, which sparsity={sparsity} keeps, "
+                f"got {sum(active)}"
+            )
+
     def initial(self, sparsity: float, generator: torch.Generator) -> list[int]:
         """Active weights of each layer before training.
 

@@ -1,5 +1,4 @@
-"""The engine that every method shares: when masks change, which tensors that concerns, and
-resuming.
+"""The engine that every method shares: when masks change, on which tensors, resuming.
 
 A method (``granet.methods``, a page each) says what an update does, with the engine's :meth:`prune`
 and :meth:`drop_regrow`. The engine counts successful optimizer steps, asks the layers for dense
@@ -9,6 +8,7 @@ optimizer state at zero whatever the optimizer is.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -64,12 +64,9 @@ class Sparsifier(ABC):
         settings: the method's hyperparameters, which a resumed run must share.
         seed: of everything random, masks at the start included.
         """
-        self.layers = masked_layers(model)
-        if not self.layers:
-            raise ValueError(
-                "model: expected masked layers in it, got none; call granet_kernels.sparsify(model)"
-            )
+        self.layers = layers_of(model)
         _check_optimizer(optimizer, self.layers)
+        self._sharers = [m for m in model.modules() if isinstance(m, MaskedConv2d | MaskedLinear)]
         self.total_steps = total_steps
         self.clock = clock
         self.steps = 0
@@ -77,8 +74,21 @@ class Sparsifier(ABC):
         self._settings = dict(settings)
         self._generator = torch.Generator().manual_seed(seed)
         self._stepped = False
+        self._calls_without_a_step = 0
         self._asked_for_dense_gradient = False
-        optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+
+    def remove(self) -> None:
+        """Let go of the optimizer: steps are no longer counted, and masks no longer change."""
+        self._hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of copies and pickles: copied optimizers have lost their hooks."""
+        self.__dict__.update(state)
+        self._hook = self._optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @property
     @abstractmethod
@@ -111,12 +121,19 @@ class Sparsifier(ABC):
 
         Returns:
             Whether this was an update, after which masks may have changed.
+
+        Raises:
+            RuntimeError: it is time for an update, and the gradients are gone. Nothing has changed.
         """
         if not self._stepped:
+            self._wonder_at_no_step()
             return False
+        is_update = self.clock.is_update(self.steps + 1)
+        if is_update and self.needs_dense_gradient:
+            self._check_gradients()
         self._stepped = False
+        self._calls_without_a_step = 0
         self.steps += 1
-        is_update = self.clock.is_update(self.steps)
         if is_update:
             with torch.no_grad():
                 self.update(self.steps)
@@ -151,9 +168,7 @@ class Sparsifier(ABC):
         scored = [(layer, self.regrow_score(layer)) for layer in self.layers.values()]
         scored = [(layer, score) for layer, score in scored if score is not None]
         if not scored:
-            raise RuntimeError(
-                "no layer has a gradient: call sparsifier.step() after backward(), before zero_grad()"
-            )
+            return
         weights, masks = self._weights_and_masks(layer for layer, _ in scored)
         scores = [score for _, score in scored if score is not None]
         momenta = self._momenta(weights)
@@ -183,10 +198,12 @@ class Sparsifier(ABC):
                 been changed then.
         """
         masks = self._checked_masks(state)
+        generator = torch.Generator()
+        generator.set_state(state["generator"])
         for name, layer in self.layers.items():
             layer.mask = masks[name].to_bool()
         self.steps = state["steps"]
-        self._generator.set_state(state["generator"].cpu())
+        self._generator = generator
         self._stepped = False
         self._ask_for_dense_gradient()
 
@@ -200,6 +217,12 @@ class Sparsifier(ABC):
         for name, value in self._settings.items():
             _check_equal(f"settings[{name!r}]", state["settings"].get(name), value)
         _check_equal("layers", list(state["masks"]), list(self.layers))
+        steps, generator = state["steps"], state["generator"]
+        if not isinstance(steps, int) or not 0 <= steps <= self.total_steps:
+            raise ValueError(f"state: expected steps from 0 to {self.total_steps}, got {steps!r}")
+        like = self._generator.get_state()
+        if not isinstance(generator, Tensor) or generator.shape != like.shape:
+            raise ValueError("state: expected the generator's state, a uint8 tensor, got another")
         masks = {}
         for name, layer in self.layers.items():
             try:
@@ -210,11 +233,27 @@ class Sparsifier(ABC):
 
     # Behind the scenes
 
+    def _check_gradients(self) -> None:
+        if all(layer.weight.grad is None for layer in self.layers.values()):
+            raise RuntimeError(
+                "no layer has a gradient: call sparsifier.step() after backward(), before zero_grad()"
+            )
+
+    def _wonder_at_no_step(self) -> None:
+        """A scaler may skip some steps in a row, but not so many."""
+        self._calls_without_a_step += 1
+        if self._calls_without_a_step == 100:
+            warnings.warn(
+                "sparsifier.step() was called 100 times in a row without a step of its optimizer: "
+                "is another optimizer being stepped?",
+                stacklevel=3,
+            )
+
     def _ask_for_dense_gradient(self) -> None:
         """A backward pass computes dense weight gradients only for the step before an update."""
         wanted = self.needs_dense_gradient and self.clock.is_update(self.steps + 1)
         if wanted != self._asked_for_dense_gradient:
-            for layer in self.layers.values():
+            for layer in self._sharers:  # of a shared weight every layer adds to the gradient
                 layer.dense_grad.fill_(wanted)
             self._asked_for_dense_gradient = wanted
 
@@ -232,7 +271,7 @@ class Sparsifier(ABC):
     def _weights_and_masks(
         layers: Iterable[MaskedConv2d | MaskedLinear],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [(layer.weight, layer.packed_mask) for layer in layers]
+        pairs = [(layer.weight, layer.bitmask.packed) for layer in layers]
         return [weight for weight, _ in pairs], [mask for _, mask in pairs]
 
     def _momenta(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
@@ -266,6 +305,20 @@ class Sparsifier(ABC):
                 states.append(state)
                 state_masks.append(mask)
         zero_inactive_(states, state_masks)
+
+
+def layers_of(model: nn.Module) -> dict[str, MaskedConv2d | MaskedLinear]:
+    """The masked layers of a model; of layers that share a weight, the first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = masked_layers(model)
+    if not layers:
+        raise ValueError(
+            "model: expected masked layers in it, got none; call granet_kernels.sparsify(model)"
+        )
+    return layers
 
 
 def _check_optimizer(

@@ -57,15 +57,15 @@ def drop_regrow_(
     drop_fraction: Tensor,
     momenta: Sequence[Tensor],
 ) -> None:
-    """In each tensor: drop the ceil(p * active) smallest magnitudes, regrow as many by largest
-    |score|.
+    """In each tensor drop the ceil(p * active) smallest magnitudes, regrow as many by largest |score|.
 
-    The product p * active is one IEEE double. Every inactive weight can regrow, those just dropped
-    included: a weight that is dropped and regrown keeps its value and momentum, one that was
-    inactive before starts from +0.0. A NaN score ranks behind all others. The number of active
-    weights stays.
+    The product p * active is one IEEE double; p outside [0, 1] counts as the nearer end, NaN as 0.
+    Every inactive weight can regrow, those just dropped included: a weight that is dropped and
+    regrown keeps its value and momentum, one that was inactive before starts from +0.0. A NaN score
+    ranks behind all others. The number of active weights stays.
     """
     p = float(drop_fraction)
+    p = min(p, 1.0) if p > 0 else 0.0
     for i, (weight, mask, score) in enumerate(zip(weights, masks, scores, strict=True)):
         states = [weight, *momenta[i : i + 1]]
         zero_inactive_(states, [mask] * len(states))  # what regrows must start from zero

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from granet.counts import ActiveCounts, Scope
-from granet.distributions import active_budget, layer_budgets
-from granet.engine import Sparsifier
+from granet.distributions import active_budget
+from granet.engine import Sparsifier, layers_of
 from granet.schedules import CosineDecay, CubicRamp, Schedule, UpdateClock, as_step
 
 
@@ -27,7 +27,8 @@ class GraNet(Sparsifier):
         update_every: steps from one update to the next.
         prune_from, prune_until: the ramp, in steps or as ``"50%"`` of the run. Before
             ``prune_from`` masks stay as they are; after ``prune_until`` weights are still dropped
-            and regrown.
+            and regrown. Steps that an AMP scaler skips are missing at the end of a run: leave some
+            updates' time after ``prune_until``.
         drop_fraction: share of each layer's active weights that an update replaces: a number, which
             decays to 0.005 by a cosine over the run as published, or a schedule.
         distribution: of the initial sparsity, and of every prune with ``scope="layer"``: "erk" or
@@ -90,16 +91,21 @@ class GraNet(Sparsifier):
             "official_rounding": official_rounding,
         }
         clock = UpdateClock(every=update_every, start=start, stop=max(last + 1, start))
-        super().__init__(
-            model, optimizer, total_steps=total_steps, clock=clock, settings=settings, seed=seed
-        )
+        layers = layers_of(model).values()
         self.counts = ActiveCounts(
-            shapes=self.shapes,
+            shapes=[tuple(layer.weight.shape) for layer in layers],
             distribution=distribution,
             scope=scope,
             official_rounding=official_rounding,
         )
-        layer_budgets(self.shapes, sparsity, distribution)  # refuses what the layers cannot meet
+        redrawn = initial_sparsity > 0
+        self.counts.check_feasible(
+            sparsity,
+            [layer.weight.numel() if redrawn else layer.count_active() for layer in layers],
+        )
+        super().__init__(
+            model, optimizer, total_steps=total_steps, clock=clock, settings=settings, seed=seed
+        )
         if initial_sparsity > 0:
             self.randomize(self.counts.initial(initial_sparsity, self._generator))
         self._ask_for_dense_gradient()
