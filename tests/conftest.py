@@ -1,11 +1,43 @@
 """Fixtures shared by the tests."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from granet_kernels import use_backend
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for one another
+
+
+# A machine with a GPU need not have the extras: what cannot be imported there is left out, and said.
+NEEDS = {
+    "test_data.py": ("torchvision", "PIL"),
+    "test_models.py": ("torchvision",),
+    "test_flops.py": ("torchvision",),
+    "test_nn.py": ("expecttest",),
+    "test_optim.py": ("expecttest",),
+    "test_resnet50.py": ("torchvision",),
+    "test_swap.py": ("torchvision",),
+    "test_train.py": ("yaml", "sklearn", "torchvision"),
+    "test_demo.py": ("yaml", "sklearn"),
+    "test_cli.py": ("yaml", "sklearn"),
+    "test_config.py": ("yaml",),
+    "test_checkpoint.py": ("yaml",),
+    "test_report.py": ("yaml",),
+    "test_packaging.py": ("cmake",),
+}
+missing = {
+    file: absent
+    for file, names in NEEDS.items()
+    if (absent := [name for name in names if importlib.util.find_spec(name) is None])
+}
+collect_ignore = list(missing)
+
+
+def pytest_report_header():
+    """One line for each file that is left out."""
+    return [f"left out: {file} (needs {', '.join(absent)})" for file, absent in missing.items()]
 
 
 @pytest.fixture(autouse=True)

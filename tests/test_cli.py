@@ -40,7 +40,7 @@ def granet(*arguments: str) -> int:
 def test_train_then_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert granet("train", *SHORT, "--seed", "3") == 0
     first, *epochs, last = capsys.readouterr().out.splitlines()
-    directory = Path("output/digits-resnet_tiny-granet-3")
+    directory = Path("runs/digits-resnet_tiny-granet-3")
     assert first == (
         "granet resnet_tiny on digits: 1,590 weights, sparsity 0.5 to 0.9; "
         f"10 steps on {train.build.choose_device('auto')}; {directory}"
@@ -50,7 +50,7 @@ def test_train_then_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in directory.iterdir()} >= {
         "args.yaml", "metrics.csv", "last.pt", "best.pt", "summary.yaml",
     }  # fmt: skip
-    assert granet("report", "output", "--csv", "table.csv") == 0
+    assert granet("report", "runs", "--csv", "table.csv") == 0
     assert " 159 " in capsys.readouterr().out
     assert Path("table.csv").exists()
 
@@ -64,13 +64,13 @@ def test_log_interval_adds_lines_within_an_epoch(capsys: pytest.CaptureFixture[s
 def test_flags_win_over_the_file() -> None:
     Path("run.yaml").write_text("lr: 0.05\nseed: 7\nepochs: 2\nbatch-size: 256\nprune_end: 4\n")
     assert granet("train", "-c", "run.yaml", "--seed", "8", "--stop-after", "1") == 0
-    saved = read_config_file(Path("output/digits-resnet_tiny-granet-8/args.yaml"))
+    saved = read_config_file(Path("runs/digits-resnet_tiny-granet-8/args.yaml"))
     assert (saved["lr"], saved["seed"], saved["momentum"]) == (0.05, 8, 0.9)
 
 
 def stopped_run(*flags: str) -> Path:
     assert granet("train", *SHORT, "--experiment", "run", "--stop-after", "3", *flags) == 0
-    return Path("output/run")
+    return Path("runs/run")
 
 
 def steps(directory: Path) -> int:
@@ -83,9 +83,9 @@ def steps(directory: Path) -> int:
     "flags",
     [
         ("--resume", "--experiment", "run"),
-        ("--resume", "output/run"),
-        ("--resume", "output/run/last.pt", "--log-interval", "3"),
-        ("--resume", "output/run", "-c", "output/run/args.yaml", "--epochs", "2"),
+        ("--resume", "runs/run"),
+        ("--resume", "runs/run/last.pt", "--log-interval", "3"),
+        ("--resume", "runs/run", "-c", "runs/run/args.yaml", "--epochs", "2"),
     ],
     ids=" ".join,
 )
@@ -94,7 +94,7 @@ def test_resume_takes_the_settings_from_the_checkpoint(
 ) -> None:
     directory = stopped_run("--lr", "0.05")
     assert capsys.readouterr().err == (
-        "stopped at step 3; continue with --resume output/run/last.pt\n"
+        "stopped at step 3; continue with --resume runs/run/last.pt\n"
     )
     assert granet("train", *flags) == 0
     assert "from step 3 of 10 steps" in capsys.readouterr().out
@@ -106,13 +106,13 @@ def test_a_moved_run_goes_on_where_it_is() -> None:
     shutil.move(stopped_run(), "moved")
     assert granet("train", "--resume", "moved") == 0
     assert steps(Path("moved")) == 10
-    assert not Path("output/run").exists()
+    assert not Path("runs/run").exists()
     assert read_config_file(Path("moved/args.yaml"))["experiment"] == "moved"
 
 
 def test_a_finished_run_that_is_resumed_only_tests_again() -> None:
     assert granet("train", *SHORT) == 0
-    directory = Path("output/digits-resnet_tiny-granet-0")
+    directory = Path("runs/digits-resnet_tiny-granet-0")
     metrics = (directory / "metrics.csv").read_text()
     (directory / "summary.yaml").unlink()
     assert granet("train", "--resume") == 0
@@ -138,8 +138,9 @@ BAD_INPUT = {
     "train --dataset cifar10": "data_dir",
     "train -c none.yaml": "config: expected a YAML file, found none at none.yaml",
     "train --resume nowhere": "checkpoint: expected a file, found none at nowhere",
-    "train --resume": "found none at output/digits-resnet_tiny-granet-0/last.pt",
-    "train --prune-end 3 --update-freq 4": "the ramp from step 0 to 3 holds no update",
+    "train --resume": "found none at runs/digits-resnet_tiny-granet-0/last.pt",
+    "train --prune-end 3 --update-freq 4": "prune_end: the ramp from step 0 to 3 holds no update",
+    "train --update-freq 0": "update_freq: expected at least 1 step, got 0",
     "train --stop-after 0": "stop_after: expected at least 1 step, got 0",
     "report nowhere": "run: expected a run directory, found no last.pt in nowhere",
 }
@@ -167,14 +168,14 @@ def test_a_second_run_in_the_same_place_is_refused(capsys: pytest.CaptureFixture
 
 def test_resuming_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     directory = stopped_run()
-    message = error_of(capsys, "train", "--resume", "output/run", "--lr", "0.2")
+    message = error_of(capsys, "train", "--resume", "runs/run", "--lr", "0.2")
     assert "these settings differ: lr: 0.1 in the checkpoint, 0.2 now" in message
-    message = error_of(capsys, "train", "--resume", "output/run", "--experiment", "other")
-    assert message.startswith("resume: expected a checkpoint in output/other")
+    message = error_of(capsys, "train", "--resume", "runs/run", "--experiment", "other")
+    assert message.startswith("resume: expected a checkpoint in runs/other")
     content = (directory / "last.pt").read_bytes()
     (directory / "last.pt").write_bytes(content[:1000])
-    message = error_of(capsys, "train", "--resume", "output/run")
-    assert message.startswith("output/run/last.pt: expected a whole checkpoint")
+    message = error_of(capsys, "train", "--resume", "runs/run")
+    assert message.startswith("runs/run/last.pt: expected a whole checkpoint")
 
 
 def test_an_error_in_the_middle_of_training_keeps_its_traceback(
@@ -204,7 +205,7 @@ def test_signals_have_their_exit_status(
 
     monkeypatch.setattr(train.Trainer, "evaluate", evaluate)
     assert granet("train", *SHORT, "--experiment", "run") == status
-    expected = "stopped at step 5; continue with --resume output/run/last.pt\n"
+    expected = "stopped at step 5; continue with --resume runs/run/last.pt\n"
     assert capsys.readouterr().err == expected
 
 
@@ -220,7 +221,7 @@ def test_help_shows_the_commands_and_the_groups(capsys: pytest.CaptureFixture[st
     assert granet("train", "--help") == 0
     text = capsys.readouterr().out
     assert "\nsparsity:\n  A TIME is a number of steps, or a share of the run such as 50%." in text
-    assert "  granet train --resume output/deep " in text
+    assert "  granet train --resume runs/deep " in text
 
 
 def test_a_progress_bar_on_a_terminal(
@@ -256,3 +257,24 @@ def test_check_and_report_need_none_of_the_extras() -> None:
         "'tensorboard'])); from granet.cli import make_parser; make_parser()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_damaged_metrics_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert granet("train", "--stop-after", "3", "--experiment", "run") == 0
+    Path("runs/run/metrics.csv").write_text("epoch;step\none;two\n")
+    message = error_of(capsys, "train", "--resume", "runs/run")
+    assert message.startswith("runs/run/metrics.csv: expected a table with the columns epoch, step")
+
+
+def test_whoever_stops_reading_gets_no_complaint() -> None:
+    """`granet check | head -1`: the pipe breaks, and that is no error."""
+    code = "import os, sys; from granet.cli import main; sys.exit(main(['check']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Error" not in process.stderr.read()
+    assert process.wait() == 0

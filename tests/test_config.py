@@ -146,7 +146,7 @@ def test_an_empty_file_sets_nothing_and_a_missing_one_is_named(tmp_path: Path) -
 
 
 def test_run_directory() -> None:
-    assert TrainConfig(seed=3).run_directory == Path("output/digits-resnet_tiny-granet-3")
+    assert TrainConfig(seed=3).run_directory == Path("runs/digits-resnet_tiny-granet-3")
     assert TrainConfig(output="a", experiment="b").run_directory == Path("a/b")
 
 

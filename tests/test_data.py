@@ -693,3 +693,10 @@ def test_imagefolder_names_an_unreadable_image(tmp_path: Path, workers: int) -> 
     source = open_cpu("imagefolder", tmp_path, image_size=8, workers=workers)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: expected a readable image"):
         list(source.test_batches())
+
+
+def test_a_holdout_of_no_image_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"val_split: expected 0, or a share .* one of 1437 samples"
+    ):
+        load_data("digits", batch_size=8, device=torch.device("cpu"), seed=0, val_split=0.0001)

@@ -6,9 +6,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from granet.distributions import layer_budgets
-from granet.engine import Sparsifier
-from granet.schedules import UpdateClock
 from granet_kernels import MaskedSGD, masked_layers, sparsify
 
 ROOT = Path(__file__).parent.parent
@@ -39,12 +36,7 @@ def test_readme():
 
 def test_the_example_method_of_contributing():
     (block,) = code_blocks("CONTRIBUTING.md")
-    names = {
-        "Sparsifier": Sparsifier,
-        "UpdateClock": UpdateClock,
-        "layer_budgets": layer_budgets,
-        "torch": torch,
-    }
+    names = {}
     exec(block, names)
     model = sparsify(a_model())
     optimizer = MaskedSGD(model.parameters(), lr=0.01)

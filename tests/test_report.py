@@ -33,7 +33,7 @@ def test_counting_by_hand() -> None:
     counted = report.count_weights(masked_state([1, 0, -0.0, 2, 0], [1, 0, 0, 1, 1]), "x.pt")
     assert counted == report.WeightCount(total=5, zero=3, inactive=2)
     assert counted.active == 3
-    assert counted.sparsity == 0.6
+    assert counted.sparsity == 0.4
     dense = {"conv.weight": torch.ones(2, 3), "norm.weight": torch.zeros(4)}
     assert report.count_weights(dense, "x.pt") == report.WeightCount(total=6, zero=0, inactive=0)
 

@@ -125,22 +125,43 @@ def build_sparsifier(
     """The method that changes the masks; None for a dense run."""
     if config.method == "dense":
         return None
-    return GraNet(
-        model,
-        optimizer,
-        sparsity=config.sparsity,
-        initial_sparsity=config.init_sparsity,
-        total_steps=total_steps,
-        # A share of a short run may be less than a step.
-        update_every=max(as_step(config.update_freq, total_steps, "update_freq"), 1),
-        prune_from=as_step(config.prune_start, total_steps, "prune_start"),
-        prune_until=as_step(config.prune_end, total_steps, "prune_end"),
-        drop_fraction=config.drop_fraction,
-        distribution=config.distribution,
-        scope=config.scope,
-        official_rounding=config.official_rounding,
-        seed=config.seed,
-    )
+    update_every = as_step(config.update_freq, total_steps, "update_freq")
+    if isinstance(config.update_freq, str):
+        update_every = max(update_every, 1)  # a share of a short run may be less than a step
+    try:
+        return GraNet(
+            model,
+            optimizer,
+            sparsity=config.sparsity,
+            initial_sparsity=config.init_sparsity,
+            total_steps=total_steps,
+            update_every=update_every,
+            prune_from=as_step(config.prune_start, total_steps, "prune_start"),
+            prune_until=as_step(config.prune_end, total_steps, "prune_end"),
+            drop_fraction=config.drop_fraction,
+            distribution=config.distribution,
+            scope=config.scope,
+            official_rounding=config.official_rounding,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise ValueError(_in_flags(str(error))) from error
+
+
+# The flags are timm's and its relatives' words, the arguments of GraNet the project's own.
+_FLAG_OF = {
+    "initial_sparsity": "init_sparsity",
+    "update_every": "update_freq",
+    "prune_from": "prune_start",
+    "prune_until": "prune_end",
+}
+
+
+def _in_flags(message: str) -> str:
+    """An error about GraNet's arguments, in the words of whoever wrote the flags."""
+    for argument, flag in _FLAG_OF.items():
+        message = message.replace(argument, flag)
+    return message
 
 
 def lr_factor(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,19 +33,25 @@ examples:
   granet train                                   digits to 90 % sparsity
   granet train --method dense                    the same network, dense
   granet train --sparsity 0.95 --experiment deep
-  granet train -c output/deep/args.yaml --seed 1 --experiment deep-1
-  granet train --resume output/deep              what was interrupted
-  granet report output/*
+  granet train -c runs/deep/args.yaml --seed 1 --experiment deep-1
+  granet train --resume runs/deep              what was interrupted
+  granet report runs/*
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `granet` with these arguments (those of the process by default); the exit status."""
     args = make_parser().parse_args(argv)
-    if args.command == "train":
-        return _train(args)
-    with _user_errors(args.command):
-        return check.run(args) if args.command == "check" else report.run(args)
+    try:
+        if args.command == "train":
+            return _train(args)
+        with _user_errors(args.command):
+            return check.run(args) if args.command == "check" else report.run(args)
+    except KeyboardInterrupt:  # before there was anything to resume, or a second time
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -151,10 +158,12 @@ def _user_errors(command: str) -> Iterator[None]:
     """Bad input becomes one line, and exit status 2."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     except ImportError as error:
-        message = f"{error}; the extra [train] installs what training needs"
+        message = f"{error}; pip install --no-build-isolation '.[train]' brings what is missing"
     else:
         return
     print(f"granet {command}: error: {message}", file=sys.stderr)

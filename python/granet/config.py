@@ -113,7 +113,7 @@ class TrainConfig:
     deterministic: bool = False
     """Ask PyTorch for deterministic CUDA algorithms (the CPU's always are)."""
 
-    output: str = "output"
+    output: str = "runs"
     """Folder that holds the run directories."""
     experiment: str | None = None
     """Name of the run directory; without it DATASET-MODEL-METHOD-SEED."""
@@ -147,7 +147,7 @@ class TrainConfig:
 
     @property
     def run_directory(self) -> Path:
-        """`output/experiment`, or `output/DATASET-MODEL-METHOD-SEED`."""
+        """`runs/experiment`, or `runs/DATASET-MODEL-METHOD-SEED`."""
         name = f"{self.dataset}-{self.model}-{self.method}-{self.seed}"
         return Path(self.output) / (self.experiment or name)
 

@@ -145,7 +145,7 @@ def _check_torchvision_name(name: str) -> None:
     close = difflib.get_close_matches(name, known, n=5)
     hint = f"close matches: {', '.join(close)}" if close else f"ours: {', '.join(_MODELS)}"
     raise ValueError(
-        f"name: expected one of our models or of torchvision's classifiers, got {name!r}; {hint}"
+        f"model: expected one of our models or of torchvision's classifiers, got {name!r}; {hint}"
     )
 
 
@@ -162,7 +162,7 @@ def _import_models(name: str) -> ModuleType:
         from torchvision import models
     except ImportError as error:
         raise ImportError(
-            f"name: {name!r} is none of {', '.join(_MODELS)}, and torchvision, which may know it, "
+            f"model: {name!r} is none of {', '.join(_MODELS)}, and torchvision, which may know it, "
             f"cannot be imported ({error}); install the [train] extra"
         ) from error
     found: ModuleType = models

@@ -42,8 +42,8 @@ class WeightCount:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros."""
-        return self.zero / self.total
+        """Share of inactive weights; `agreement` says whether as many are 0."""
+        return self.inactive / self.total
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from granet.config import TrainConfig, write_config_file
-
 ARGS, METRICS, SUMMARY = "args.yaml", "metrics.csv", "summary.yaml"
 LAST, BEST = "last.pt", "best.pt"
 
@@ -85,8 +83,8 @@ class Summary:
     """Training and validation, interruptions left out."""
 
 
-def create_run_directory(path: Path, config: TrainConfig) -> None:
-    """Make the directory and write args.yaml.
+def create_run_directory(path: Path) -> None:
+    """Make the directory of a new run.
 
     Raises:
         ValueError: it already holds a run.
@@ -98,7 +96,6 @@ def create_run_directory(path: Path, config: TrainConfig) -> None:
                 "choose another --experiment or --output"
             )
     path.mkdir(parents=True, exist_ok=True)
-    write_config_file(path / ARGS, config)
 
 
 def write_summary(path: Path, summary: Summary) -> None:
@@ -119,6 +116,20 @@ def read_summary(path: Path) -> Summary:
         raise ValueError(f"{path}: expected a summary of a granet run: {error}") from None
 
 
+def _read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    """The rows of a metrics file that was perhaps edited by hand, or cut short by a crash."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        whole = [row for row in rows if None not in row.values()]
+        for row in whole:
+            int(row["epoch"])
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, csv.Error) as error:
+        expected = f"a table with the columns {', '.join(columns)}"
+        raise ValueError(f"{path}: expected {expected}, got an unreadable one ({error})") from None
+    return whole
+
+
 class MetricsFile:
     """metrics.csv: opened at the epoch a run stands at, so that no row appears twice."""
 
@@ -127,9 +138,7 @@ class MetricsFile:
         columns = [field.name for field in dataclasses.fields(EpochMetrics)]
         rows: list[dict[str, str]] = []
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                # A row cut short by a crash has None in its last columns.
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            rows = _read_rows(path, columns)
         temporary = path.with_suffix(".csv.tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")

@@ -110,11 +110,12 @@ class Trainer:
 
         self.directory = config.run_directory if resume is None else resume.path.parent
         if resume is None:
-            create_run_directory(self.directory, config)
+            create_run_directory(self.directory)
             self.save(LAST)  # whatever happens from here on, the run can be resumed
         else:
             self.restore(resume)
-            write_config_file(self.directory / ARGS, config)
+        self.metrics = MetricsFile(self.directory / METRICS, epochs_done=self.progress.epoch)
+        write_config_file(self.directory / ARGS, config)
         self.active_fraction = self.active_fractions()
         self.first_step = self.progress.step
 
@@ -148,23 +149,25 @@ class Trainer:
 
     def run(self) -> Summary:
         """Train the epochs that are left, then test. See `train` for what it raises."""
+        with self.signals.listen():
+            return self._run()
+
+    def _run(self) -> Summary:
         config, progress = self.config, self.progress
-        self.metrics = MetricsFile(self.directory / METRICS, epochs_done=progress.epoch)
         self.events = Events(self.directory, step=progress.step)
         self.display = make_display(
             epochs=config.epochs, total_steps=self.total_steps, step=progress.step
         )
         try:
             self.display.message(self.describe())
-            with self.signals.listen():
-                try:
-                    while progress.epoch < config.epochs:
-                        self.train_epoch()
-                        self.finish_epoch()
-                except Stopped:
-                    self.save(LAST)
-                    raise
-                return self.test()
+            try:
+                while progress.epoch < config.epochs:
+                    self.train_epoch()
+                    self.finish_epoch()
+            except Stopped:
+                self.save(LAST)
+                raise
+            return self.test()
         finally:
             self.events.close()
             self.display.close()

@@ -1,5 +1,6 @@
 """Image files in `train/<class>/` and `test/<class>/` (or `val/<class>/`), decoded when needed."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -119,10 +120,21 @@ class ImageFolderSource:
             # Without one of its own the loader would draw from the global generator.
             generator=private_generator(self._seed),
         )
-        for images, labels in loader:
+        for images, labels in _start(loader):
             # uint8 to the device and float there: a quarter of the bytes to copy.
             images = images.to(self._device, non_blocking=True)
             yield self._normalise(images), labels.to(self._device, non_blocking=True)
+
+
+def _start(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Workers that ignore stop signals: those go to the whole process group, and only the main
+    process knows when the batch under way is done.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)  # workers inherit the blocked signals
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Samples(Dataset[tuple[Tensor, int]]):

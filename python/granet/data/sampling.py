@@ -54,8 +54,17 @@ def stratified_holdout(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def holdout_size(count: int, fraction: float) -> int:
-    """Number of samples in a `fraction` of `count`, rounded to the nearest integer."""
-    return round(count * fraction)
+    """Number of samples in a `fraction` of `count`, rounded to the nearest integer.
+
+    Raises:
+        ValueError: a fraction above 0 comes to no sample.
+    """
+    size = round(count * fraction)
+    if fraction > 0 and size == 0:
+        raise ValueError(
+            f"val_split: expected 0, or a share that holds out one of {count} samples, got {fraction}"
+        )
+    return size
 
 
 def count_train_batches(batch_size: int, train_count: int) -> int:
