@@ -43,7 +43,7 @@ def measure(model: nn.Module, sample_shape: Sequence[int]) -> dict[str, int]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             return _forward_flops(_meta_copy(model), shape, torch.device("meta"))
-        except (NotImplementedError, RuntimeError):
+        except RuntimeError:
             # It reads values in forward, or holds a tensor that is no parameter and no buffer.
             return _forward_flops(copy.deepcopy(model), shape, device)
 
