@@ -9,6 +9,8 @@ import pickle
 import random
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -693,6 +695,20 @@ def test_imagefolder_names_an_unreadable_image(tmp_path: Path, workers: int) -> 
     source = open_cpu("imagefolder", tmp_path, image_size=8, workers=workers)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: expected a readable image"):
         list(source.test_batches())
+
+
+def test_the_process_ends_while_a_worker_still_runs(tmp_path: Path) -> None:
+    write_image_folder(tmp_path)
+    script = f"""
+import sys, torch
+from granet.data import load_data
+source = load_data("imagefolder", data_dir={str(tmp_path)!r}, batch_size=1, device="cpu", seed=0,
+                   image_size=8, workers=1)
+batches = source.test_batches()
+next(batches)
+sys.keep = batches  # alive until the interpreter has gone, as in the traceback of an error
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_a_holdout_of_no_image_is_refused() -> None:

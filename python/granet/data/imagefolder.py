@@ -1,6 +1,8 @@
 """Image files in `train/<class>/` and `test/<class>/` (or `val/<class>/`), decoded when needed."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -119,6 +121,7 @@ class ImageFolderSource:
             pin_memory=self._device.type == "cuda",
             # Without one of its own the loader would draw from the global generator.
             generator=private_generator(self._seed),
+            worker_init_fn=_end_with_the_main_process,
         )
         for images, labels in _start(loader):
             # uint8 to the device and float there: a quarter of the bytes to copy.
@@ -135,6 +138,21 @@ def _start(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Ten
         return iter(loader)  # workers inherit the blocked signals
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_main_process(_worker: int) -> None:
+    """End this worker on a SIGTERM from the main process, which sends one when it exits.
+
+    Blocked like any other, it would leave the main process waiting for its workers for ever.
+    """
+    main_process = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Samples(Dataset[tuple[Tensor, int]]):
