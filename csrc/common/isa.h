@@ -1,0 +1,34 @@
+// Which instruction set the CPU kernels use: chosen once, when the first kernel runs.
+//
+// A kernel that gains from wider vectors is a header `cpu/NAME_kernel.h`, written once over common/simd.h and compiled
+// once for each instruction set by the three-line files `cpu/NAME_{portable,avx2,avx512}.cpp`, each into a namespace of
+// its own. `cpu/NAME.cpp` picks among the three. Nothing is compiled with -march=native: one library runs anywhere.
+#pragma once
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define GRANET_X86 1
+#else
+#define GRANET_X86 0
+#endif
+
+namespace granet {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+// The best instruction set of this machine, or a lesser one that the environment variable GRANET_CPU_CAPABILITY names
+// ("portable", "avx2", "avx512"); any other value is ignored. Constant for the life of the process.
+Isa isa();
+
+const char* isa_name(Isa isa);
+
+// The one of three functions (or tables of them) that isa() calls for.
+template <typename Choice>
+Choice for_isa(Choice portable, [[maybe_unused]] Choice avx2, [[maybe_unused]] Choice avx512) {
+#if GRANET_X86
+  if (isa() == Isa::kAvx512) return avx512;
+  if (isa() == Isa::kAvx2) return avx2;
+#endif
+  return portable;
+}
+
+}  // namespace granet
