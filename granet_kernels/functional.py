@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import granet_kernels.ops  # noqa: F401 - registers the operators
+from granet_kernels.choices import Algorithm
 from granet_kernels.layout import aligned, shaped
 
 _ops = torch.ops.granet
@@ -234,6 +235,7 @@ def masked_conv2d(
     groups: int = 1,
     *,
     dense_grad: Tensor | None = None,
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """``F.conv2d`` with the masked weight; the weight's gradient is masked too.
 
@@ -244,6 +246,9 @@ def masked_conv2d(
         bias, stride, padding, dilation, groups: as in ``F.conv2d``; padding in numbers.
         dense_grad: bool tensor of one element, read in backward; where True the gradient of
             inactive weights is computed as well (the growth scores of an update).
+        algorithm: "sparse" or "dense"; by default what the backend expects to be faster. A backend
+            that has one way only takes that, and so does one whose sparse kernels do not cover the
+            dtype or the memory layout.
 
     Under autocast it computes in the autocast dtype, as ``F.conv2d`` does.
     """
@@ -261,6 +266,7 @@ def masked_conv2d(
         _pair("padding", padding),
         _pair("dilation", dilation),
         groups,
+        algorithm,
     )
     return output if batched else output.squeeze(0)
 
@@ -279,14 +285,15 @@ class MaskedConv2dFunction(torch.autograd.Function):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        algorithm: Algorithm,
     ) -> Tensor:
         return _ops.masked_conv2d(  # type: ignore[no-any-return]
-            input, weight, mask, bias, stride, padding, dilation, groups
+            input, weight, mask, bias, stride, padding, dilation, groups, algorithm=algorithm
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, mask, bias, dense_grad, *ctx.geometry = inputs
+        input, weight, mask, bias, dense_grad, *ctx.geometry, ctx.algorithm = inputs
         ctx.save_for_backward(input, weight, mask, bias, dense_grad)
 
     @staticmethod
@@ -294,10 +301,10 @@ class MaskedConv2dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = _needs(ctx)
         gradients = _ops.masked_conv2d_backward(
-            grad_output, *ctx.saved_tensors, *ctx.geometry, needs
+            grad_output, *ctx.saved_tensors, *ctx.geometry, needs, algorithm=ctx.algorithm
         )
         grad_input, grad_weight, grad_bias = _spread(gradients, needs)
-        return (grad_input, grad_weight, None, grad_bias, *[None] * 5)
+        return (grad_input, grad_weight, None, grad_bias, *[None] * 6)
 
 
 def masked_linear(
@@ -307,11 +314,12 @@ def masked_linear(
     bias: Tensor | None = None,
     *,
     dense_grad: Tensor | None = None,
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """``F.linear`` with the masked weight, (O, I); otherwise as :func:`masked_conv2d`."""
     input, bias = _autocast(input, weight, bias)
     return MaskedLinearFunction.apply(  # type: ignore[no-any-return]
-        input, weight, mask, bias, _flag(dense_grad, weight)
+        input, weight, mask, bias, _flag(dense_grad, weight), algorithm
     )
 
 
@@ -325,20 +333,26 @@ class MaskedLinearFunction(torch.autograd.Function):
         mask: Tensor,
         bias: Tensor | None,
         dense_grad: Tensor,
+        algorithm: Algorithm,
     ) -> Tensor:
-        return _ops.masked_linear(input, weight, mask, bias)  # type: ignore[no-any-return]
+        return _ops.masked_linear(  # type: ignore[no-any-return]
+            input, weight, mask, bias, algorithm=algorithm
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.algorithm = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = _needs(ctx)
-        gradients = _ops.masked_linear_backward(grad_output, *ctx.saved_tensors, needs)
+        gradients = _ops.masked_linear_backward(
+            grad_output, *ctx.saved_tensors, needs, algorithm=ctx.algorithm
+        )
         grad_input, grad_weight, grad_bias = _spread(gradients, needs)
-        return (grad_input, grad_weight, None, grad_bias, None)
+        return (grad_input, grad_weight, None, grad_bias, None, None)
 
 
 def _needs(ctx: Any) -> list[bool]:

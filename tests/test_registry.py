@@ -69,9 +69,14 @@ def test_missing_default_is_reported_once(fast_backend):
         backend_for("drop_regrow_", "cpu")
 
 
-def test_chosen_backend_without_the_operator_is_reported():
+def test_chosen_backend_without_the_operator_is_reported(monkeypatch):
     if "cpp" not in available_backends():
         pytest.fail("the compiled extension is not installed")
+    from granet_kernels.backends import cpp
+
+    others = [name for name in cpp.__all__ if name != "masked_linear"]
+    monkeypatch.setattr(cpp, "__all__", others)
+    monkeypatch.setattr(registry, "_resolved", {})
     registry._warned.clear()
     with (
         use_backend("cpp"),

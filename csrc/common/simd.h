@@ -29,4 +29,37 @@ inline void store(float* address, Floats vector) { __builtin_memcpy(address, &ve
 
 inline Floats broadcast(float value) { return value - Floats{}; }  // value - 0 is value, -0.0 included
 
+// a * b + c, rounded once where the target can, else twice.
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if GRANET_VECTOR_BYTES == 64
+  return Floats(_mm512_fmadd_ps(a, b, c));
+#elif GRANET_VECTOR_BYTES == 32
+  return Floats(_mm256_fmadd_ps(a, b, c));
+#else
+  return a * b + c;
+#endif
+}
+
+using Four = float __attribute__((vector_size(16)));
+
+// The sums of the lanes of four vectors, always in the same order.
+inline Four sums_of_lanes(Floats a, Floats b, Floats c, Floats d) {
+  constexpr int64_t kFours = kLanes / 4;
+  Four rows[4] = {};
+  const Floats vectors[4] = {a, b, c, d};
+  for (int v = 0; v < 4; ++v) {
+    Four parts[kFours];
+    __builtin_memcpy(parts, &vectors[v], sizeof parts);
+    rows[v] = parts[0];
+    for (int64_t i = 1; i < kFours; ++i) rows[v] += parts[i];
+  }
+  const Four ab_low = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const Four ab_high = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const Four cd_low = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const Four cd_high = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  const Four ab = ab_low + ab_high;  // a02 b02 a13 b13
+  const Four cd = cd_low + cd_high;
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
 }  // namespace granet::cpu::GRANET_ISA

@@ -5,7 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include <immintrin.h>
+
 #define GRANET_ISA avx2
+#define GRANET_VECTOR_BYTES 32
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt"))), apply_to = function)
@@ -15,6 +18,6 @@
 
 namespace granet::cpu::avx2 {
 
-constexpr int64_t kVectorBytes = 32;
+constexpr int64_t kVectorBytes = GRANET_VECTOR_BYTES;
 
 }  // namespace granet::cpu::avx2

@@ -6,9 +6,10 @@
 #include <cstring>
 
 #define GRANET_ISA portable
+#define GRANET_VECTOR_BYTES 16
 
 namespace granet::cpu::portable {
 
-constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kVectorBytes = GRANET_VECTOR_BYTES;
 
 }  // namespace granet::cpu::portable

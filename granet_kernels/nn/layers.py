@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granet_kernels.bitmask import BitMask, attach_mask, attached_mask, detach_mask
+from granet_kernels.choices import Algorithm, last_choice
 from granet_kernels.functional import masked_conv2d, masked_linear, zero_inactive_
 from granet_kernels.layout import storage_order
 
@@ -34,6 +35,9 @@ class MaskedLayer(_Base):
 
     dense_type: ClassVar[type[nn.Module]]
     """The layer of torch.nn that this one extends."""
+
+    algorithm: Algorithm = "auto"
+    """How it is computed: "sparse", "dense", or by default what the backend expects to be faster."""
 
     weight: Tensor
     packed_mask: Tensor
@@ -138,7 +142,11 @@ class MaskedLayer(_Base):
 
     def extra_repr(self) -> str:
         sparsity = "?" if self.packed_mask.is_meta else f"{self.sparsity:.4f}"
-        return f"{super().extra_repr()}, sparsity={sparsity}"
+        shown = f"{super().extra_repr()}, sparsity={sparsity}"
+        chosen = last_choice(self.packed_mask)
+        if self.algorithm != "auto":
+            return f"{shown}, algorithm={self.algorithm}"
+        return shown if chosen is None else f"{shown}, algorithm=auto: {chosen}"
 
     def _init_mask(self) -> None:
         packed = attached_mask(self.weight)  # two layers of one weight have one mask
@@ -309,6 +317,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             self.dilation,
             self.groups,
             dense_grad=self.dense_grad,
+            algorithm=self.algorithm,
         )
 
     def _pad_unevenly(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -341,4 +350,11 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         mask = self._mask_of(self.weight)
-        return masked_linear(input, self.weight, mask, self.bias, dense_grad=self.dense_grad)
+        return masked_linear(
+            input,
+            self.weight,
+            mask,
+            self.bias,
+            dense_grad=self.dense_grad,
+            algorithm=self.algorithm,
+        )

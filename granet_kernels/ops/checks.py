@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from granet_kernels.choices import ALGORITHMS
 from granet_kernels.layout import is_dense, packed_length, same_layout
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -172,6 +173,12 @@ def check_grad_output(grad_output: Tensor, size: tuple[int, ...], input: Tensor)
     check_device("grad_output", grad_output, input, "input")
     if tuple(grad_output.shape) != size or grad_output.dtype != input.dtype:
         fail("grad_output", f"{dtype_name(input.dtype)} {size}", describe(grad_output))
+
+
+def check_algorithm(algorithm: str) -> None:
+    """One of the names in :mod:`granet_kernels.choices`."""
+    if algorithm not in ALGORITHMS:
+        fail("algorithm", f"one of {list(ALGORITHMS)}", repr(algorithm))
 
 
 def check_needs(needs: Sequence[bool], bias: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from granet_kernels.layout import conv_memory_format
 from granet_kernels.ops.checks import (
+    check_algorithm,
     check_bias,
     check_device,
     check_flag,
@@ -37,7 +38,10 @@ def check_masked_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    algorithm: str = "auto",
 ) -> None:
+    check_algorithm(algorithm)
     check_floating("input", input)
     check_written("weight", weight)
     if weight.dim() != 4:
@@ -92,6 +96,8 @@ def fake_masked_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    algorithm: str = "auto",
 ) -> Tensor:
     size = (input.size(0), weight.size(0), *output_size(input, weight, stride, padding, dilation))
     return input.new_empty(size).contiguous(memory_format=conv_memory_format(input, weight))
@@ -100,7 +106,7 @@ def fake_masked_conv2d(
 define(
     "masked_conv2d",
     "(Tensor input, Tensor weight, Tensor mask, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, SymInt groups) -> Tensor",
+    'SymInt[2] dilation, SymInt groups, *, str algorithm="auto") -> Tensor',
     check=check_masked_conv2d,
     fake=fake_masked_conv2d,
 )
@@ -118,8 +124,12 @@ def check_masked_conv2d_backward(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    *,
+    algorithm: str = "auto",
 ) -> None:
-    check_masked_conv2d(input, weight, mask, bias, stride, padding, dilation, groups)
+    check_masked_conv2d(
+        input, weight, mask, bias, stride, padding, dilation, groups, algorithm=algorithm
+    )
     check_flag("dense_grad", dense_grad, weight)
     size = (input.size(0), weight.size(0), *output_size(input, weight, stride, padding, dilation))
     check_grad_output(grad_output, size, input)
@@ -141,9 +151,10 @@ def fake_gradients(
 define(
     "masked_conv2d_backward",
     "(Tensor grad_output, Tensor input, Tensor weight, Tensor mask, Tensor? bias, Tensor dense_grad, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] needs) -> Tensor[]",
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] needs, "
+    '*, str algorithm="auto") -> Tensor[]',
     check=check_masked_conv2d_backward,
-    fake=lambda grad_output, input, weight, mask, bias, *rest: fake_gradients(
+    fake=lambda grad_output, input, weight, mask, bias, *rest, **_: fake_gradients(
         input, weight, bias, needs=rest[-1]
     ),
 )

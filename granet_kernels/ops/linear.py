@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from granet_kernels.ops.checks import (
+    check_algorithm,
     check_bias,
     check_device,
     check_flag,
@@ -22,7 +23,10 @@ from granet_kernels.ops.conv import fake_gradients
 from granet_kernels.ops.define import define
 
 
-def check_masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
+def check_masked_linear(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *, algorithm: str = "auto"
+) -> None:
+    check_algorithm(algorithm)
     check_floating("input", input)
     check_written("weight", weight)
     if weight.dim() != 2:
@@ -36,9 +40,11 @@ def check_masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tenso
 
 define(
     "masked_linear",
-    "(Tensor input, Tensor weight, Tensor mask, Tensor? bias) -> Tensor",
+    '(Tensor input, Tensor weight, Tensor mask, Tensor? bias, *, str algorithm="auto") -> Tensor',
     check=check_masked_linear,
-    fake=lambda input, weight, mask, bias: input.new_empty((*input.shape[:-1], weight.size(0))),
+    fake=lambda input, weight, mask, bias, **_: input.new_empty(
+        (*input.shape[:-1], weight.size(0))
+    ),
 )
 
 
@@ -50,8 +56,10 @@ def check_masked_linear_backward(
     bias: Tensor | None,
     dense_grad: Tensor,
     needs: Sequence[bool],
+    *,
+    algorithm: str = "auto",
 ) -> None:
-    check_masked_linear(input, weight, mask, bias)
+    check_masked_linear(input, weight, mask, bias, algorithm=algorithm)
     check_flag("dense_grad", dense_grad, weight)
     size = (*input.shape[:-1], weight.size(0))
     check_grad_output(grad_output, size, input)
@@ -61,9 +69,9 @@ def check_masked_linear_backward(
 define(
     "masked_linear_backward",
     "(Tensor grad_output, Tensor input, Tensor weight, Tensor mask, Tensor? bias, Tensor dense_grad, "
-    "bool[3] needs) -> Tensor[]",
+    'bool[3] needs, *, str algorithm="auto") -> Tensor[]',
     check=check_masked_linear_backward,
-    fake=lambda grad_output, input, weight, mask, bias, dense_grad, needs: fake_gradients(
+    fake=lambda grad_output, input, weight, mask, bias, dense_grad, needs, **_: fake_gradients(
         input, weight, bias, needs
     ),
 )

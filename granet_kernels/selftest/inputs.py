@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from granet_kernels.backends.reference import masked_conv2d, pack_mask, unpack_mask
+from granet_kernels.choices import ALGORITHMS
 from granet_kernels.layout import full_mask, packed_length
 
 Inputs = tuple[str, tuple[Any, ...], dict[str, Any], int]
@@ -253,6 +254,20 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     },
     "grouped": {"size": (2, 8, 6, 6), "weight": (4, 2, 3, 3), "groups": 4, "padding": [1, 1]},
     "depthwise": {"size": (2, 5, 6, 6), "weight": (5, 1, 3, 3), "groups": 5, "stride": [2, 1]},
+    "many-small-images": {"size": (19, 5, 4, 5), "weight": (7, 5, 3, 3), "padding": [1, 1]},
+    "many-small-stride-2": {
+        "size": (33, 3, 7, 6),
+        "weight": (5, 3, 3, 3),
+        "stride": [2, 2],
+        "padding": [1, 1],
+    },
+    "stride-3-wide": {
+        "size": (1, 3, 8, 75),
+        "weight": (4, 3, 2, 5),
+        "stride": [3, 2],
+        "padding": [1, 4],
+    },
+    "1x1-stride-2": {"size": (2, 6, 9, 9), "weight": (5, 6, 1, 1), "stride": [2, 2]},
     "no-images": {"size": (0, 8, 9, 9), "weight": (4, 8, 3, 3)},
     "one-pixel": {"size": (1, 1, 1, 1), "weight": (1, 1, 1, 1)},
 }
@@ -260,7 +275,9 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 
 def masked_conv2d_cases() -> Iterator[Inputs]:
     for label, input, kernel, mask, bias, geometry, depth in _convolutions():
-        yield label, (input, kernel, mask, bias, *geometry), {}, depth
+        for algorithm in ALGORITHMS:
+            options = {"algorithm": algorithm}
+            yield f"{label}-{algorithm}", (input, kernel, mask, bias, *geometry), options, depth
 
 
 def masked_conv2d_backward_cases() -> Iterator[Inputs]:
@@ -273,7 +290,9 @@ def masked_conv2d_backward_cases() -> Iterator[Inputs]:
         depth = max(grad.numel(), kernel.numel()) + 4
         flag = torch.tensor(i % 2 == 1)
         args = (grad, input, kernel, mask, bias, flag, *geometry, needs)
-        yield f"{label}-{'dense' if flag else 'masked'}", args, {}, depth
+        for algorithm in ALGORITHMS:
+            name = f"{label}-{algorithm}-{'dense' if flag else 'masked'}-gradient"
+            yield name, args, {"algorithm": algorithm}, depth
 
 
 def _convolutions() -> Iterator[
@@ -304,7 +323,9 @@ def _convolutions() -> Iterator[
 
 def masked_linear_cases() -> Iterator[Inputs]:
     for label, input, kernel, mask, bias in _linears():
-        yield label, (input, kernel, mask, bias), {}, kernel.size(1) + 4
+        for algorithm in ALGORITHMS:
+            options, depth = {"algorithm": algorithm}, kernel.size(1) + 4
+            yield f"{label}-{algorithm}", (input, kernel, mask, bias), options, depth
 
 
 def masked_linear_backward_cases() -> Iterator[Inputs]:
@@ -313,7 +334,9 @@ def masked_linear_backward_cases() -> Iterator[Inputs]:
         grad = torch.randn((*input.shape[:-1], kernel.size(0)), generator=g).to(input.dtype)
         needs = [i % 3 != 1, i % 3 != 2, bias is not None and i % 2 == 0]
         depth = max(grad.numel(), kernel.numel()) + 4
-        yield label, (grad, input, kernel, mask, bias, torch.tensor(i % 2 == 1), needs), {}, depth
+        args = (grad, input, kernel, mask, bias, torch.tensor(i % 2 == 1), needs)
+        for algorithm in ALGORITHMS:
+            yield f"{label}-{algorithm}", args, {"algorithm": algorithm}, depth
 
 
 def _linears() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None]]:

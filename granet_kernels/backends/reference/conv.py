@@ -21,8 +21,10 @@ def masked_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    algorithm: str = "auto",
 ) -> Tensor:
-    """conv2d(input, weight where active), in the dtype of the input."""
+    """conv2d(input, weight where active), in the dtype of the input; there is one algorithm."""
     masked = mask_cast(weight, mask, input.dtype)
     bias = None if bias is None else bias.to(input.dtype)
     output = F.conv2d(input, masked, bias, stride, padding, dilation, groups)
@@ -41,6 +43,8 @@ def masked_conv2d_backward(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    *,
+    algorithm: str = "auto",
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
     masked = mask_cast(weight, mask, input.dtype)

@@ -11,8 +11,10 @@ from torch import Tensor
 from granet_kernels.backends.reference.mask import mask_cast, mask_grad
 
 
-def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-    """input @ (weight where active).T + bias, in the dtype of the input."""
+def masked_linear(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *, algorithm: str = "auto"
+) -> Tensor:
+    """input @ (weight where active).T + bias, in the dtype of the input; one algorithm."""
     masked = mask_cast(weight, mask, input.dtype)
     bias = None if bias is None else bias.to(input.dtype)
     return F.linear(input, masked, bias)
@@ -26,6 +28,8 @@ def masked_linear_backward(
     bias: Tensor | None,
     dense_grad: Tensor,
     needs: Sequence[bool],
+    *,
+    algorithm: str = "auto",
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
     rows = torch.atleast_2d(grad_output).flatten(0, -2)  # not view(-1, n): n may be 0

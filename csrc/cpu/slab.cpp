@@ -1,0 +1,278 @@
+#include "cpu/slab.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "common/bits.h"
+
+namespace granet::cpu {
+namespace {
+
+using Four = float __attribute__((vector_size(16)));
+
+template <Element>
+struct Stored;
+
+template <>
+struct Stored<Element::kFloat32> {
+  using Type = float;
+  static float load(float value) { return value; }
+  static float store(float value) { return value; }
+};
+
+template <>
+struct Stored<Element::kBFloat16> {
+  using Type = uint16_t;
+  static float load(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  static uint16_t store(float value) {  // to nearest, ties to even; a NaN stays one
+    const auto bits = std::bit_cast<uint32_t>(value);
+    if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+};
+
+template <Element kElement>
+Four load_four(const typename Stored<kElement>::Type* source) {
+  if constexpr (kElement == Element::kFloat32) {
+    Four vector;
+    std::memcpy(&vector, source, sizeof vector);
+    return vector;
+  } else {
+    return Four{Stored<kElement>::load(source[0]), Stored<kElement>::load(source[1]), Stored<kElement>::load(source[2]),
+                Stored<kElement>::load(source[3])};
+  }
+}
+
+void store_four(float* target, Four vector) { std::memcpy(target, &vector, sizeof vector); }
+
+void transpose(Four& a, Four& b, Four& c, Four& d) {
+  const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// Four runs of length `length`, `from` elements apart in the source, into four slab positions next to one another for
+// every element of the run (interleaved images), or into four planes (channels_last).
+template <Element kElement>
+void copy_run(const typename Stored<kElement>::Type* source, int64_t step, float* target, int64_t lanes,
+              int64_t length) {
+  if (step == 1 && lanes == 1) {
+    if constexpr (kElement == Element::kFloat32) {
+      std::memcpy(target, source, static_cast<size_t>(length) * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < length; ++i) target[i] = Stored<kElement>::load(source[i]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < length; ++i) target[i * lanes] = Stored<kElement>::load(source[i * step]);
+}
+
+// Runs whose elements lie next to one another, of four images that are interleaved.
+template <Element kElement>
+void copy_four_images(const Run* runs, const typename Stored<kElement>::Type* source, int64_t step, float* target,
+                      int64_t lanes) {
+  const int64_t length = runs[0].length;
+  const auto* s0 = source + runs[0].origin;
+  const auto* s1 = source + runs[1].origin;
+  const auto* s2 = source + runs[2].origin;
+  const auto* s3 = source + runs[3].origin;
+  float* t = target + runs[0].position;
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i + 4 <= length; i += 4, t += 4 * lanes) {
+      Four a = load_four<kElement>(s0 + i), b = load_four<kElement>(s1 + i);
+      Four c = load_four<kElement>(s2 + i), d = load_four<kElement>(s3 + i);
+      transpose(a, b, c, d);
+      store_four(t, a);
+      store_four(t + lanes, b);
+      store_four(t + 2 * lanes, c);
+      store_four(t + 3 * lanes, d);
+    }
+  }
+  for (; i < length; ++i, t += lanes) {
+    const int64_t at = i * step;
+    store_four(t, Four{Stored<kElement>::load(s0[at]), Stored<kElement>::load(s1[at]), Stored<kElement>::load(s2[at]),
+                       Stored<kElement>::load(s3[at])});
+  }
+}
+
+template <Element kElement>
+void pack_plane(const Runs& runs, const typename Stored<kElement>::Type* source, float* slab) {
+  const size_t count = runs.runs.size();
+  size_t i = 0;
+  if (runs.interleaved) {
+    for (; i + 4 <= count; i += 4) copy_four_images<kElement>(&runs.runs[i], source, runs.step, slab, runs.lanes);
+  }
+  for (; i < count; ++i) {
+    const Run& run = runs.runs[i];
+    copy_run<kElement>(source + run.origin, runs.step, slab + run.position, runs.lanes, run.length);
+  }
+}
+
+// Four channels next to one another in memory, into four planes.
+template <Element kElement>
+void pack_four_planes(const Runs& runs, const typename Stored<kElement>::Type* source, int64_t plane, float* slab) {
+  const auto* step_of = source;
+  for (const Run& run : runs.runs) {
+    const auto* s = step_of + run.origin;
+    float* t = slab + run.position;
+    int64_t i = 0;
+    if (runs.lanes == 1) {
+      for (; i + 4 <= run.length; i += 4, s += 4 * runs.step, t += 4) {
+        Four a = load_four<kElement>(s), b = load_four<kElement>(s + runs.step);
+        Four c = load_four<kElement>(s + 2 * runs.step), d = load_four<kElement>(s + 3 * runs.step);
+        transpose(a, b, c, d);
+        store_four(t, a);
+        store_four(t + plane, b);
+        store_four(t + 2 * plane, c);
+        store_four(t + 3 * plane, d);
+      }
+    }
+    for (; i < run.length; ++i, s += runs.step, t += runs.lanes) {
+      for (int64_t c = 0; c < 4; ++c) t[c * plane] = Stored<kElement>::load(s[c]);
+    }
+  }
+}
+
+template <Element kElement>
+void pack_planes(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane,
+                 int64_t floats, float* slab) {
+  const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data) + first * view.channel_stride;
+  if (!runs.everywhere) {
+    for (int64_t c = 0; c < channels; ++c) std::fill_n(slab + c * plane, floats, 0.0f);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) {
+      const Run& last = runs.runs.back();
+      const int64_t end = last.position + (last.length - 1) * runs.lanes + 1;
+      std::fill(slab + c * plane + end, slab + c * plane + floats, 0.0f);
+    }
+  }
+  int64_t c = 0;
+  if (view.channel_stride == 1) {
+    for (; c + 4 <= channels; c += 4) pack_four_planes<kElement>(runs, source + c, plane, slab + c * plane);
+  }
+  for (; c < channels; ++c) pack_plane<kElement>(runs, source + c * view.channel_stride, slab + c * plane);
+}
+
+template <Element kElement, bool kPlain>
+void finish_run(typename Stored<kElement>::Type* target, const typename Stored<kElement>::Type* residual, bool relu,
+                const float* sums, int64_t lanes, int64_t step, int64_t length) {
+  using Convert = Stored<kElement>;
+  if constexpr (kPlain) {
+    if (kElement == Element::kFloat32 && lanes == 1 && step == 1) {
+      std::memcpy(target, sums, static_cast<size_t>(length) * sizeof(float));
+      return;
+    }
+    for (int64_t i = 0; i < length; ++i) target[i * step] = Convert::store(sums[i * lanes]);
+  } else {
+    for (int64_t i = 0; i < length; ++i) {
+      float value = sums[i * lanes];
+      if (residual != nullptr) value += Convert::load(residual[i * step]);
+      if (relu && value < 0.0f) value = 0.0f;  // NaN stays
+      target[i * step] = Convert::store(value);
+    }
+  }
+}
+
+// The part of a run that lies in positions [position, position + count): elements [begin, end).
+struct Part {
+  int64_t begin;
+  int64_t end;
+};
+Part part_of(const Run& run, int64_t lanes, int64_t position, int64_t count) {
+  const int64_t begin = std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, position - run.position), lanes));
+  const int64_t last = position + count - run.position;
+  const int64_t end = last <= 0 ? 0 : std::min(run.length, ceil_div(last, lanes));
+  return {begin, std::max(begin, end)};
+}
+
+template <Element kElement, bool kPlain>
+void unpack_rows(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
+                 int64_t position, int64_t count, int64_t first, int64_t channels, int64_t channel_step) {
+  using Type = typename Stored<kElement>::Type;
+  auto* target = static_cast<Type*>(view.data);
+  const auto* residual = static_cast<const Type*>(finish.residual);
+  for (const Run& run : runs.runs) {
+    const Part part = part_of(run, runs.lanes, position, count);
+    if (part.begin >= part.end) continue;
+    const float* from = sums + (run.position + part.begin * runs.lanes - position);
+    const int64_t at = run.origin + part.begin * runs.step + first * view.channel_stride;
+    const int64_t length = part.end - part.begin;
+    if (kPlain && kElement == Element::kFloat32 && view.channel_stride == 1 && runs.lanes == 1 && channel_step == 1) {
+      float* base = reinterpret_cast<float*>(target) + at;
+      for (int64_t i = 0; i < length; ++i) {
+        float* pixel = base + i * runs.step;
+        for (int64_t c = 0; c < channels; ++c) pixel[c] = from[c * width + i];
+      }
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t to = at + c * channel_step * view.channel_stride;
+      finish_run<kElement, kPlain>(target + to, residual == nullptr ? nullptr : residual + to, finish.relu,
+                                   from + c * width, runs.lanes, runs.step, length);
+    }
+  }
+}
+
+}  // namespace
+
+Runs make_runs(const RunsOf& what, const ImageView& view) {
+  Runs result{{}, what.lanes, what.scale.w * view.x_stride, false, false};
+  int64_t covered = 0;
+  const auto add = [&](int64_t position, int64_t length, int64_t origin) {
+    if (length <= 0) return;
+    result.runs.push_back({position, length, origin});
+    covered += length;
+  };
+  if (view.pixels != 0) {  // one column: the rows are the run
+    result.step = view.y_stride;
+    const int64_t end = std::min(what.first_row + what.rows, what.size.h);
+    for (int64_t y = what.first_row; y < end;) {
+      const int64_t pixel = y % view.pixels;
+      const int64_t length = std::min(end - y, view.pixels - pixel);
+      add(y - what.first_row, length, y / view.pixels * view.image_stride + pixel * view.y_stride);
+      y += length;
+    }
+  } else {
+    const int64_t shift = what.before.w - what.phase.w;
+    const int64_t first = std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, shift), what.scale.w));
+    const int64_t last = std::min(what.columns, ceil_div(std::max<int64_t>(0, what.size.w + shift), what.scale.w));
+    const int64_t images = std::min(what.lanes, what.images - what.first_image);
+    result.interleaved = images == what.lanes && images % 4 == 0;
+    for (int64_t t = 0; t < what.rows; ++t) {
+      const int64_t y = (what.first_row + t) * what.scale.h + what.phase.h - what.before.h;
+      if (y < 0 || y >= what.size.h) continue;
+      for (int64_t lane = 0; lane < images; ++lane) {
+        add((t * what.row + first) * what.lanes + lane, last - first,
+            (what.first_image + lane) * view.image_stride + y * view.y_stride +
+                (first * what.scale.w - shift) * view.x_stride);
+      }
+    }
+  }
+  result.everywhere = covered == what.rows * what.row * what.lanes;
+  return result;
+}
+
+void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, int64_t floats,
+          float* slab) {
+  const bool floating = view.element == Element::kFloat32;
+  (floating ? pack_planes<Element::kFloat32> : pack_planes<Element::kBFloat16>)(runs, view, first, channels, plane,
+                                                                                floats, slab);
+}
+
+void unpack(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
+            int64_t position, int64_t count, int64_t first, int64_t channels, int64_t channel_step) {
+  const bool plain = finish.residual == nullptr && !finish.relu;
+  const bool floating = view.element == Element::kFloat32;
+  const auto run = floating ? (plain ? unpack_rows<Element::kFloat32, true> : unpack_rows<Element::kFloat32, false>)
+                            : (plain ? unpack_rows<Element::kBFloat16, true> : unpack_rows<Element::kBFloat16, false>);
+  run(runs, view, finish, sums, width, position, count, first, channels, channel_step);
+}
+
+}  // namespace granet::cpu

@@ -1,0 +1,74 @@
+// Packing the source of a stencil into a slab, and unpacking tiles of sums into its target.
+//
+// Where the elements of a plane lie is worked out once, as runs: the positions of a slab that hold an element, and
+// where that element is in the tensor. The same runs then serve every channel.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/stencil.h"
+
+namespace granet::cpu {
+
+enum class Element { kFloat32, kBFloat16 };
+
+// A four-dimensional tensor (image, channel, y, x) with any strides, in elements.
+struct ImageView {
+  void* data;
+  Element element;
+  int64_t image_stride;
+  int64_t channel_stride;
+  int64_t y_stride;
+  int64_t x_stride;
+  // Not 0: y counts the pixels of all images, `pixels` to an image, one y_stride apart; there is one column.
+  int64_t pixels;
+};
+
+// Positions position, position + lanes, … (length of them) hold the elements origin, origin + step, …
+struct Run {
+  int64_t position;
+  int64_t length;
+  int64_t origin;  // in elements, for channel 0
+};
+
+struct Runs {
+  std::vector<Run> runs;
+  int64_t lanes;
+  int64_t step;      // elements
+  bool interleaved;  // each `lanes` successive runs are those of images next to one another
+  bool everywhere;   // no position is without an element
+};
+
+// Grid rows [first_row, first_row + rows) of the images of one group, where grid position (q, r) is pixel
+// (q * scale.h + phase.h - before.h, r * scale.w + phase.w - before.w) of planes of `size`.
+struct RunsOf {
+  Pair size;
+  Pair scale;
+  Pair phase;
+  Pair before;
+  int64_t first_row;
+  int64_t rows;
+  int64_t columns;  // grid columns that may hold an element
+  int64_t row;      // from one grid row to the next
+  int64_t lanes;
+  int64_t first_image;
+  int64_t images;
+};
+Runs make_runs(const RunsOf& what, const ImageView& view);
+
+// slab[c * plane + position] for `channels` channels from `first` on; 0 where there is no element up to `floats`.
+void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, int64_t floats,
+          float* slab);
+
+// What becomes of a sum on its way into the target.
+struct Finish {
+  const void* residual;  // added; as the target in type and strides, or null
+  bool relu;
+};
+
+// Sums of positions [position, position + count) of `channels` rows, `width` floats apart, into the target.
+void unpack(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
+            int64_t position, int64_t count, int64_t first, int64_t channels, int64_t channel_step);
+
+}  // namespace granet::cpu

@@ -1,0 +1,100 @@
+#include "cpu/stencil.h"
+
+#include <algorithm>
+
+#include "common/bits.h"
+#include "common/isa.h"
+#include "cpu/stencil_tables.h"
+
+namespace granet::cpu {
+namespace {
+
+int64_t floor_div(int64_t numerator, int64_t denominator) {
+  return numerator / denominator - (numerator % denominator < 0);
+}
+
+}  // namespace
+
+Stencil forward_stencil(const ConvShape& shape) {
+  const auto reach = [](int64_t kernel, int64_t dilation, int64_t stride) { return (kernel - 1) * dilation / stride; };
+  return {.batch = shape.batch,
+          .channels = shape.channels,
+          .source = shape.input,
+          .split = shape.stride,
+          .before = shape.padding,
+          .grid = shape.output(),
+          .reach = {reach(shape.kernel.h, shape.dilation.h, shape.stride.h),
+                    reach(shape.kernel.w, shape.dilation.w, shape.stride.w)},
+          .targets = shape.out_channels,
+          .target = shape.output(),
+          .spread = {1, 1}};
+}
+
+// Input row h = stride * q + a takes output row q + (a + padding - dilation * k) / stride for each filter row k that
+// divides: between -before and -before + reach rows away from q.
+Stencil input_gradient_stencil(const ConvShape& shape) {
+  const auto before = [](int64_t kernel, int64_t dilation, int64_t stride, int64_t padding) {
+    return std::max<int64_t>(0, -floor_div(padding - (kernel - 1) * dilation, stride));
+  };
+  const auto after = [](int64_t stride, int64_t padding) { return (stride - 1 + padding) / stride; };
+  const Pair above = {before(shape.kernel.h, shape.dilation.h, shape.stride.h, shape.padding.h),
+                      before(shape.kernel.w, shape.dilation.w, shape.stride.w, shape.padding.w)};
+  return {.batch = shape.batch,
+          .channels = shape.out_channels,
+          .source = shape.output(),
+          .split = {1, 1},
+          .before = above,
+          .grid = {ceil_div(shape.input.h, shape.stride.h), ceil_div(shape.input.w, shape.stride.w)},
+          .reach = {above.h + after(shape.stride.h, shape.padding.h), above.w + after(shape.stride.w, shape.padding.w)},
+          .targets = shape.channels,
+          .target = shape.input,
+          .spread = shape.stride};
+}
+
+namespace {
+
+constexpr int64_t kSlabBytes = int64_t{1} << 19;    // a packed band, half of a second-level cache
+constexpr int64_t kBlockBytes = int64_t{24} << 10;  // of a first-level cache of 32 KiB
+constexpr int64_t kLine = 16;                       // floats in a cache line
+
+int64_t vector_floats() { return isa() == Isa::kAvx512 ? 16 : isa() == Isa::kAvx2 ? 8 : 4; }
+
+// Columns of a slab row. The zeros behind a row are the zeros before the next, so only the wider of the two is stored.
+int64_t row_length(const Stencil& s) {
+  const int64_t last = (s.grid.w - 1 + s.reach.w + 1) * s.split.w - 1 - s.before.w;  // source column
+  const int64_t behind = std::max<int64_t>(0, last - (s.source.w - 1));
+  const int64_t columns = ceil_div(s.source.w + std::max(s.before.w, behind), s.split.w);
+  return std::max(columns, s.grid.w);
+}
+
+}  // namespace
+
+Plan plan_for(const Stencil& s) {
+  Plan plan{};
+  plan.vector = vector_floats();
+  plan.row = row_length(s);
+  const bool small = s.grid.w < 2 * plan.vector && s.batch >= plan.vector && s.source.w > 1;
+  plan.lanes = small ? plan.vector : 1;
+  plan.groups = ceil_div(s.batch, plan.lanes);
+  const int64_t planes = s.channels * s.phases();
+  const int64_t row_floats = plan.row * plan.lanes;
+  const int64_t most_rows =
+      std::max<int64_t>(1, kSlabBytes / 4 / std::max<int64_t>(1, planes * row_floats) - s.reach.h);
+  const int64_t enough = ceil_div(kMostVectors * plan.vector, row_floats);
+  plan.bands = ceil_div(s.grid.h, std::min(std::max({most_rows, enough, 4 * s.reach.h}), s.grid.h));
+  plan.band = ceil_div(s.grid.h, plan.bands);
+  plan.bands = ceil_div(s.grid.h, plan.band);
+  const int64_t vectors = ceil_div(plan.positions(), plan.vector);
+  plan.tile = ceil_div(vectors, ceil_div(vectors, kMostVectors));
+  const int64_t floats = (plan.band + s.reach.h) * row_floats + (s.reach.w + 1) * plan.lanes + plan.tile * plan.vector;
+  const int64_t lines = ceil_div(floats, kLine);
+  plan.plane = (lines | 1) * kLine;  // an odd number of lines: planes spread over all sets of a cache
+  const int64_t window = (plan.tile * plan.vector + s.reach.h * row_floats + s.reach.w * plan.lanes) * s.phases();
+  plan.block = std::clamp<int64_t>(kBlockBytes / 4 / window, 1, s.channels);
+  plan.blocks = ceil_div(s.channels, plan.block);
+  plan.block = ceil_div(s.channels, plan.blocks);
+  plan.blocks = ceil_div(s.channels, plan.block);
+  return plan;
+}
+
+}  // namespace granet::cpu

@@ -1,0 +1,34 @@
+// The active weights of a masked convolution, in the order in which a stencil's kernels use them.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/stencil.h"
+
+namespace granet::cpu {
+
+enum class Direction { kForward, kInputGradient };
+
+// How the elements of a weight (out_channels, group_channels, kernel.h, kernel.w) lie in storage.
+enum class WeightOrder { kContiguous, kChannelsLast };
+
+// Entries are ordered by (block of source channels, row, source channel): those of block b and row r are
+// [begin[b * rows + r], begin[b * rows + r + 1]).
+struct StencilIndex {
+  int64_t* begin;   // blocks * rows + 1
+  int32_t* offset;  // where its slab plane and shift lie
+  int32_t* source;  // which weight, in storage order; or, where ranked, which active weight
+};
+
+// Fills begin; returns the number of entries.
+int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
+                      const Plan& plan, int64_t* begin);
+
+// Fills offset and source, after count_entries. An entry's place depends on the mask alone.
+void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction, bool ranked,
+                  const Plan& plan, const StencilIndex& index);
+
+// The most floats of a slab that 32-bit offsets reach.
+bool offsets_fit(const Stencil& stencil, const Plan& plan);
+
+}  // namespace granet::cpu

@@ -1,0 +1,67 @@
+// The kernels of a stencil (stencil.h), compiled once for each instruction set.
+
+#include "common/simd.h"
+#include "cpu/stencil_tables.h"
+
+namespace granet::cpu::GRANET_ISA {
+
+template <int kTile>
+void sum_tile(const SumTile& task) {
+  const StencilEntries& entries = task.entries;
+  const int64_t* begin = entries.begin + task.block * entries.rows;
+  float* sums = task.sums;
+  for (int64_t row = task.first_row; row < task.last_row; ++row, sums += kTile * kLanes) {
+    if (task.block > 0 && begin[row] == begin[row + 1]) continue;
+    Floats sum[kTile];
+    if (task.block > 0) {
+      for (int t = 0; t < kTile; ++t) sum[t] = load(sums + t * kLanes);
+    } else {
+      const Floats bias = broadcast(task.bias == nullptr ? 0.0f : task.bias[row / task.rows_per_bias]);
+      for (int t = 0; t < kTile; ++t) sum[t] = bias;
+    }
+    for (int64_t e = begin[row]; e < begin[row + 1]; ++e) {
+      const float* source = task.slab + entries.offset[e];
+      const Floats weight = broadcast(entries.value[e]);
+      for (int t = 0; t < kTile; ++t) sum[t] = fma(weight, load(source + t * kLanes), sum[t]);
+    }
+    for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
+  }
+}
+
+template <int kTile>
+void correlate_tile(const CorrelateTile& task) {
+  const StencilEntries& entries = task.entries;
+  const int64_t* begin = entries.begin + task.block * entries.rows;
+  const auto product = [&](const Floats* factor, int64_t e) {
+    const float* source = task.slab + entries.offset[e];
+    Floats sum = factor[0] * load(source);
+    for (int t = 1; t < kTile; ++t) sum = fma(factor[t], load(source + t * kLanes), sum);
+    return sum;
+  };
+  for (int64_t row = task.first_row; row < task.last_row; ++row) {
+    int64_t e = begin[row];
+    const int64_t end = begin[row + 1];
+    if (e == end) continue;
+    Floats factor[kTile];
+    for (int t = 0; t < kTile; ++t) factor[t] = load(task.target + row * task.plane + t * kLanes);
+    for (; e + 4 <= end; e += 4) {
+      const Floats a = product(factor, e), b = product(factor, e + 1), c = product(factor, e + 2),
+                   d = product(factor, e + 3);
+      Four gradient;
+      __builtin_memcpy(&gradient, task.gradient + e, sizeof gradient);
+      gradient += sums_of_lanes(a, b, c, d);
+      __builtin_memcpy(task.gradient + e, &gradient, sizeof gradient);
+    }
+    for (; e < end; ++e) {
+      const Floats sum = product(factor, e);
+      task.gradient[e] += sums_of_lanes(sum, sum, sum, sum)[0];
+    }
+  }
+}
+
+constexpr StencilKernels kStencilKernels = {
+    {nullptr, sum_tile<1>, sum_tile<2>, sum_tile<3>, sum_tile<4>, sum_tile<5>, sum_tile<6>, sum_tile<7>, sum_tile<8>},
+    {nullptr, correlate_tile<1>, correlate_tile<2>, correlate_tile<3>, correlate_tile<4>, correlate_tile<5>,
+     correlate_tile<6>, correlate_tile<7>, correlate_tile<8>}};
+
+}  // namespace granet::cpu::GRANET_ISA

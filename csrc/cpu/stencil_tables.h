@@ -1,0 +1,49 @@
+// What the driver of a stencil (conv.cpp) and its kernels (stencil_kernel.h) say to each other.
+#pragma once
+
+#include <cstdint>
+
+namespace granet::cpu {
+
+constexpr int64_t kMostVectors = 8;  // of a tile: with the weight and an address, what AVX2's 16 registers hold
+
+// As StencilIndex, with the values of the weights.
+struct StencilEntries {
+  int64_t rows;
+  const int64_t* begin;
+  const int32_t* offset;
+  const float* value;
+};
+
+// sums[row - first_row] (tile vectors) += the entries of one block of channels times the slab, for rows
+// [first_row, last_row). The first block starts from bias[row / rows_per_bias], or 0 where bias is null.
+struct SumTile {
+  StencilEntries entries;
+  const float* slab;  // at the tile's first position
+  int64_t block;
+  int64_t first_row;
+  int64_t last_row;
+  const float* bias;
+  int64_t rows_per_bias;
+  float* sums;
+};
+
+// gradient[e] += the sum over a tile of target[row * plane + …] * slab[offset[e] + …], for rows [first_row, last_row).
+struct CorrelateTile {
+  StencilEntries entries;
+  const float* slab;    // at the tile's first position
+  const float* target;  // there as well
+  int64_t plane;        // floats from one row of target to the next
+  int64_t block;
+  int64_t first_row;
+  int64_t last_row;
+  float* gradient;
+};
+
+// Indexed by the number of vectors in a tile.
+struct StencilKernels {
+  void (*sum_tile[kMostVectors + 1])(const SumTile&);
+  void (*correlate_tile[kMostVectors + 1])(const CorrelateTile&);
+};
+
+}  // namespace granet::cpu

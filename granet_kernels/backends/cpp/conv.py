@@ -1,0 +1,167 @@
+"""Two-dimensional convolution with a masked weight: sparse by ``csrc/cpu/conv.cpp``, or dense.
+
+The caller has checked the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from granet_kernels.backends.cpp.cost import prefers_sparse
+from granet_kernels.backends.cpp.index import Shape, index_of, indexes_of
+from granet_kernels.backends.reference.mask import mask_cast, mask_grad
+from granet_kernels.choices import note_choice
+from granet_kernels.layout import conv_memory_format
+
+COMPUTED = (torch.float32, torch.bfloat16)
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    algorithm: str = "auto",
+) -> Tensor:
+    """conv2d(input, weight where active), in the dtype of the input."""
+    shape = conv_shape(input, weight, stride, padding, dilation, groups)
+    memory_format = conv_memory_format(input, weight)
+    if not chooses_sparse(shape, input, weight, mask, algorithm):
+        bias = None if bias is None else bias.to(input.dtype)
+        masked = mask_cast(weight, mask, input.dtype)
+        output = F.conv2d(input, masked, bias, stride, padding, dilation, groups)
+        return output.contiguous(memory_format=memory_format)
+    output = torch.empty(
+        (shape.batch, shape.out_channels, *shape.output_size),
+        dtype=input.dtype,
+        memory_format=memory_format,
+    )
+    index = index_of(mask, shape, is_channels_last(weight), "forward")
+    bias = None if bias is None else bias.to(input.dtype)
+    torch.ops.granet_cpp.sparse_conv_.default(
+        output, evenly_spaced(input), weight, index, bias, None, False, list(shape)
+    )
+    return output
+
+
+def masked_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+    *,
+    algorithm: str = "auto",
+) -> list[Tensor]:
+    """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
+    shape = conv_shape(input, weight, stride, padding, dilation, groups)
+    needs_input, needs_weight, needs_bias = needs
+    sparse = chooses_sparse(shape, input, weight, mask, algorithm)
+    sparse_weight = sparse and not bool(dense_grad)
+    geometry = (stride, padding, dilation, False, [0, 0], groups)
+    dense_needs = [needs_input and not sparse, needs_weight and not sparse_weight, False]
+    if any(dense_needs):
+        masked = mask_cast(weight, mask, input.dtype) if dense_needs[0] else weight.to(input.dtype)
+        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad_output, input, masked, None, *geometry, dense_needs
+        )
+    gradients = []
+    if needs_input:
+        gradient = torch.empty_like(input)
+        if sparse:
+            sparse_input_gradient(gradient, grad_output, weight, mask, shape)
+        else:
+            gradient.copy_(grad_input)
+        gradients.append(gradient)
+    if needs_weight:
+        if sparse_weight:
+            gradient = torch.empty_like(weight)
+            sparse_weight_gradient(gradient, grad_output, input, mask, shape)
+            gradients.append(gradient)
+        else:
+            gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
+    if needs_bias and bias is not None:
+        gradients.append(torch.empty_like(bias).copy_(grad_output.sum((0, 2, 3))))
+    return gradients
+
+
+def sparse_input_gradient(
+    gradient: Tensor, grad_output: Tensor, weight: Tensor, mask: Tensor, shape: Shape
+) -> None:
+    """Write the input's gradient, computed from the active weights alone."""
+    index = index_of(mask, shape, is_channels_last(weight), "input_gradient")
+    target = gradient if evenly_spaced(gradient) is gradient else gradient.contiguous()
+    torch.ops.granet_cpp.sparse_conv_input_gradient_.default(
+        target, evenly_spaced(grad_output), weight, index, list(shape)
+    )
+    if target is not gradient:
+        gradient.copy_(target)
+
+
+def sparse_weight_gradient(
+    gradient: Tensor, grad_output: Tensor, input: Tensor, mask: Tensor, shape: Shape
+) -> None:
+    """Write the weight's gradient: computed where the mask is active, zero elsewhere."""
+    index = index_of(mask, shape, is_channels_last(gradient), "forward")
+    torch.ops.granet_cpp.sparse_conv_weight_gradient_.default(
+        gradient, evenly_spaced(grad_output), evenly_spaced(input), index, list(shape)
+    )
+
+
+def chooses_sparse(
+    shape: Shape, input: Tensor, weight: Tensor, mask: Tensor, algorithm: str
+) -> bool:
+    """Whether the sparse kernels compute this layer; noted for the layer's ``repr``."""
+    possible = (
+        input.dtype in COMPUTED
+        and weight.dtype in COMPUTED
+        and 0 not in (*input.shape, *weight.shape)
+        and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
+    )
+    if algorithm == "auto":
+        sparse = possible and prefers_sparse(shape, indexes_of(mask).active, input.dtype)
+    else:
+        sparse = possible and algorithm == "sparse"
+    note_choice(mask, "sparse" if sparse else "dense")
+    return sparse
+
+
+def conv_shape(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Shape:
+    """The shape of a convolution of (N, C, H, W) with (O, C / groups, KH, KW)."""
+    out_channels, _, *kernel = weight.shape
+    return Shape._make((*input.shape, out_channels, *kernel, *stride, *padding, *dilation, groups))
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Whether a weight, contiguous or channels_last, is the latter; where it is both, the former."""
+    return not weight.is_contiguous()
+
+
+def evenly_spaced(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose pixels are the same distance apart, as the kernels want them."""
+    if tensor.dim() == 2:
+        return tensor
+    even = tensor.size(2) <= 1 or tensor.stride(2) == tensor.size(3) * tensor.stride(3)
+    return tensor if even else tensor.contiguous()
