@@ -42,6 +42,14 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 
 using Four = float __attribute__((vector_size(16)));
 
+inline Four load_four(const float* address) {
+  Four vector;
+  __builtin_memcpy(&vector, address, sizeof vector);
+  return vector;
+}
+
+inline void store_four(float* address, Four vector) { __builtin_memcpy(address, &vector, sizeof vector); }
+
 // The sums of the lanes of four vectors, always in the same order.
 inline Four sums_of_lanes(Floats a, Floats b, Floats c, Floats d) {
   constexpr int64_t kFours = kLanes / 4;

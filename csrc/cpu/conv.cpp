@@ -50,7 +50,7 @@ class Scratch {
 thread_local Scratch slab_scratch;
 thread_local Scratch sums_scratch;
 
-int64_t pad_line(int64_t floats) { return ceil_div(floats, 16) * 16; }
+constexpr int64_t kLine = 16;  // floats in a cache line
 
 struct Unit {  // of work: a band of a group of images
   int64_t first_image;
@@ -78,14 +78,16 @@ void pack_source(const Stencil& s, const Plan& plan, const Unit& unit, const Ima
                                    .row = plan.row,
                                    .lanes = plan.lanes,
                                    .first_image = unit.first_image,
-                                   .images = s.batch},
+                                   .images = s.batch,
+                                   .floats = plan.plane},
                                   view);
-      pack(runs, view, 0, s.channels, s.phases() * plan.plane, plan.plane, slab + (a * s.split.w + b) * plan.plane);
+      pack(runs, view, 0, s.channels, s.phases() * plan.plane, slab + (a * s.split.w + b) * plan.plane);
     }
   }
 }
 
-Runs target_runs(const Stencil& s, const Plan& plan, const Unit& unit, Pair phase, const ImageView& view) {
+Runs target_runs(const Stencil& s, const Plan& plan, const Unit& unit, Pair phase, int64_t floats,
+                 const ImageView& view) {
   return make_runs({.size = s.target,
                     .scale = s.spread,
                     .phase = phase,
@@ -96,7 +98,8 @@ Runs target_runs(const Stencil& s, const Plan& plan, const Unit& unit, Pair phas
                     .row = plan.row,
                     .lanes = plan.lanes,
                     .first_image = unit.first_image,
-                    .images = s.batch},
+                    .images = s.batch,
+                    .floats = floats},
                    view);
 }
 
@@ -106,9 +109,104 @@ int64_t row_parts(const Stencil& s, const Plan& plan, const Parallel& parallel) 
   return std::clamp<int64_t>(wanted, 1, s.targets);
 }
 
-// Vectors in the tile at `position`: tiles are as even as they can be.
+// Vectors in the tile at `position`.
 int64_t vectors_left(const Plan& plan, const Unit& unit, int64_t position) {
   return std::min(plan.tile, ceil_div(unit.positions - position, plan.vector));
+}
+
+// The pieces of the tile [position, position + count) in the target of a row.
+void find_segments(const Runs& runs, int64_t position, int64_t count, std::vector<Segment>& segments) {
+  segments.clear();
+  for (const Run& run : runs.runs) {
+    const int64_t begin = std::max(run.position, position);
+    const int64_t end = std::min(run.position + run.length, position + count);
+    if (begin < end) segments.push_back({begin - position, end - begin, run.origin + begin - run.position});
+  }
+}
+
+// Whether rows are finished by the kernel: the target's pixels are next to one another, as positions are.
+bool is_direct(const Stencil& s, const Plan& plan, const ImageView& target) {
+  const int64_t step = target.pixels != 0 ? target.y_stride : target.x_stride;
+  return target.element == Element::kFloat32 && plan.lanes == 1 && s.spread.h * s.spread.w == 1 &&
+         (step == 1 || s.grid.h * s.grid.w == 1);
+}
+
+DirectTarget direct_target(const ImageView& target, const Finish& finish, const std::vector<Segment>& segments) {
+  return {static_cast<float*>(target.data),
+          static_cast<const float*>(finish.residual),
+          target.channel_stride,
+          segments.data(),
+          static_cast<int64_t>(segments.size()),
+          finish.relu};
+}
+
+struct Rows {
+  int64_t first;  // target planes
+  int64_t count;
+};
+
+// All blocks of one tile. Without a direct target the sums are left in `sums`, row by row.
+void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab, int64_t vectors, int64_t first_row,
+              int64_t last_row, const float* bias, int64_t rows_per_bias, const DirectTarget& direct, float* sums) {
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    kernels().sum_tile[vectors]({.entries = entries,
+                                 .slab = slab,
+                                 .block = block,
+                                 .blocks = plan.blocks,
+                                 .first_row = first_row,
+                                 .last_row = last_row,
+                                 .bias = bias,
+                                 .rows_per_bias = rows_per_bias,
+                                 .sums = sums,
+                                 .direct = direct});
+  }
+}
+
+// The first position of each tile, the last one moved back to end with the band where it would read past it.
+int64_t tile_start(const Plan& plan, const Unit& unit, const Stencil& s, int64_t position) {
+  const int64_t width = plan.tile * plan.vector;
+  return std::min(unit.first_row + position, s.grid.h - width);
+}
+
+void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
+                  const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
+  const int64_t width = plan.tile * plan.vector;
+  float* sums = sums_scratch.floats(rows.count * width);
+  const int64_t image = unit.first_image;
+  const auto* slab = static_cast<const float*>(source.data) + image * source.image_stride;
+  std::vector<Segment> segments(1);
+  for (int64_t position = 0; position < unit.rows; position += width) {
+    const int64_t start = tile_start(plan, unit, s, position);
+    segments[0] = {0, width, image * target.image_stride + start};
+    sum_tile(plan, entries, slab + start, plan.tile, rows.first, rows.first + rows.count, bias, 1,
+             direct_target(target, finish, segments), sums);
+  }
+}
+
+void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
+                const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
+  const int64_t phases = s.spread.h * s.spread.w;
+  const int64_t width = plan.tile * plan.vector;
+  float* slab = slab_scratch.floats(s.channels * s.phases() * plan.plane);
+  float* sums = sums_scratch.floats(rows.count * phases * width);
+  pack_source(s, plan, unit, source, slab);
+  std::vector<Runs> runs;
+  for (int64_t p = 0; p < phases; ++p) {
+    runs.push_back(target_runs(s, plan, unit, {p / s.spread.w, p % s.spread.w}, unit.positions, target));
+  }
+  const bool direct = is_direct(s, plan, target);
+  std::vector<Segment> segments;
+  for (int64_t position = 0; position < unit.positions; position += width) {
+    const int64_t vectors = vectors_left(plan, unit, position);
+    const int64_t count = vectors * plan.vector;
+    if (direct) find_segments(runs[0], position, count, segments);
+    sum_tile(plan, entries, slab + position, vectors, rows.first * phases, (rows.first + rows.count) * phases, bias,
+             phases, direct ? direct_target(target, finish, segments) : DirectTarget{}, sums);
+    for (int64_t p = 0; p < phases && !direct; ++p) {
+      unpack(runs[static_cast<size_t>(p)], target, finish, sums + p * count, phases * count, position, count,
+             rows.first, rows.count, 1);
+    }
+  }
 }
 
 }  // namespace
@@ -116,70 +214,80 @@ int64_t vectors_left(const Plan& plan, const Unit& unit, int64_t position) {
 void run_stencil(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
                  const float* bias, const Finish& finish, const ImageView& target, const Parallel& parallel) {
   const int64_t parts = row_parts(s, plan, parallel);
-  const int64_t phases = s.spread.h * s.spread.w;
   const int64_t targets_each = ceil_div(s.targets, parts);
-  const int64_t width = plan.tile * plan.vector;
   parallel.for_each(plan.units() * parts, [&](int64_t index) {
-    const Unit unit = unit_of(s, plan, index / parts);
     const int64_t first = index % parts * targets_each;
-    const int64_t targets = std::min(targets_each, s.targets - first);
-    if (targets <= 0) return;
-    float* slab = slab_scratch.floats(s.channels * s.phases() * plan.plane);
-    float* sums = sums_scratch.floats(targets * phases * width);
-    pack_source(s, plan, unit, source, slab);
-    std::vector<Runs> runs;
-    for (int64_t p = 0; p < phases; ++p) {
-      runs.push_back(target_runs(s, plan, unit, {p / s.spread.w, p % s.spread.w}, target));
-    }
-    for (int64_t position = 0; position < unit.positions; position += width) {
-      const int64_t vectors = vectors_left(plan, unit, position);
-      const int64_t count = vectors * plan.vector;
-      for (int64_t block = 0; block < plan.blocks; ++block) {
-        kernels().sum_tile[vectors]({.entries = entries,
-                                     .slab = slab + position,
-                                     .block = block,
-                                     .first_row = first * phases,
-                                     .last_row = (first + targets) * phases,
-                                     .bias = bias,
-                                     .rows_per_bias = phases,
-                                     .sums = sums});
-      }
-      for (int64_t p = 0; p < phases; ++p) {
-        unpack(runs[static_cast<size_t>(p)], target, finish, sums + p * count, phases * count, position, count, first,
-               targets, 1);
-      }
-    }
+    const Rows rows = {first, std::min(targets_each, s.targets - first)};
+    if (rows.count <= 0) return;
+    const Unit unit = unit_of(s, plan, index / parts);
+    (plan.in_place ? run_in_place : run_packed)(s, plan, entries, source, bias, finish, target, unit, rows);
   });
 }
 
 int64_t gradient_parts(const Plan& plan) { return std::min<int64_t>(plan.units(), 16); }
 
+namespace {
+
+void correlate_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const float* factors,
+                    int64_t plane, int64_t vectors, float* sums) {
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    kernels().correlate_tile[vectors]({.entries = entries,
+                                       .slab = slab,
+                                       .target = factors,
+                                       .plane = plane,
+                                       .block = block,
+                                       .first_row = 0,
+                                       .last_row = entries.rows,
+                                       .gradient = sums});
+  }
+}
+
+void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
+                        const ImageView& target, const Unit& unit, float* sums) {
+  const int64_t width = plan.tile * plan.vector;
+  const auto* slab = static_cast<const float*>(source.data) + unit.first_image * source.image_stride;
+  const auto* factors = static_cast<const float*>(target.data) + unit.first_image * target.image_stride;
+  for (int64_t position = 0; position < unit.rows; position += width) {
+    const int64_t start = tile_start(plan, unit, s, position);
+    const int64_t repeated = unit.first_row + position - start;
+    if (repeated == 0) {
+      correlate_tile(plan, entries, slab + start, factors + start, plan.plane, plan.tile, sums);
+      continue;
+    }
+    float* rest = sums_scratch.floats(entries.rows * width);  // without what the tile before has counted
+    for (int64_t row = 0; row < entries.rows; ++row) {
+      std::fill_n(rest + row * width, repeated, 0.0f);
+      std::copy_n(factors + row * plan.plane + start + repeated, width - repeated, rest + row * width + repeated);
+    }
+    correlate_tile(plan, entries, slab + start, rest, width, plan.tile, sums);
+  }
+}
+
+void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
+                      const ImageView& target, const Unit& unit, float* sums) {
+  const int64_t width = plan.tile * plan.vector;
+  const int64_t plane = (ceil_div(plan.positions() + width, kLine) | 1) * kLine;
+  float* slab = slab_scratch.floats(s.channels * s.phases() * plan.plane);
+  float* factors = sums_scratch.floats(entries.rows * plane);
+  pack_source(s, plan, unit, source, slab);
+  pack(target_runs(s, plan, unit, {0, 0}, plane, target), target, 0, entries.rows, plane, factors);
+  for (int64_t position = 0; position < unit.positions; position += width) {
+    correlate_tile(plan, entries, slab + position, factors + position, plane, vectors_left(plan, unit, position), sums);
+  }
+}
+
+}  // namespace
+
 void correlate_stencil(const Stencil& s, const Plan& plan, const StencilEntries& entries, int64_t count,
                        const ImageView& source, const ImageView& target, float* partial, float* gradient,
                        const Parallel& parallel) {
   const int64_t parts = gradient_parts(plan);
-  const int64_t plane = pad_line(plan.positions() + plan.tile * plan.vector) + 16;
   parallel.for_each(parts, [&](int64_t part) {
     float* sums = partial + part * count;
     std::fill_n(sums, count, 0.0f);
-    float* slab = slab_scratch.floats(s.channels * s.phases() * plan.plane);
-    float* factors = sums_scratch.floats(entries.rows * plane);
     for (int64_t u = plan.units() * part / parts; u < plan.units() * (part + 1) / parts; ++u) {
       const Unit unit = unit_of(s, plan, u);
-      pack_source(s, plan, unit, source, slab);
-      pack(target_runs(s, plan, unit, {0, 0}, target), target, 0, entries.rows, plane, plane, factors);
-      for (int64_t position = 0; position < unit.positions; position += plan.tile * plan.vector) {
-        for (int64_t block = 0; block < plan.blocks; ++block) {
-          kernels().correlate_tile[vectors_left(plan, unit, position)]({.entries = entries,
-                                                                        .slab = slab + position,
-                                                                        .target = factors + position,
-                                                                        .plane = plane,
-                                                                        .block = block,
-                                                                        .first_row = 0,
-                                                                        .last_row = entries.rows,
-                                                                        .gradient = sums});
-        }
-      }
+      (plan.in_place ? correlate_in_place : correlate_packed)(s, plan, entries, source, target, unit, sums);
     }
   });
   constexpr int64_t kChunk = 4096;

@@ -57,18 +57,39 @@ void transpose(Four& a, Four& b, Four& c, Four& d) {
   d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
 }
 
-// Four runs of length `length`, `from` elements apart in the source, into four slab positions next to one another for
-// every element of the run (interleaved images), or into four planes (channels_last).
+// Rows are short: a call of the library's memcpy or memset would take longer than the copy.
+void copy_floats(float* target, const float* source, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    store_four(target + i, load_four<Element::kFloat32>(source + i));
+    store_four(target + i + 4, load_four<Element::kFloat32>(source + i + 4));
+  }
+  for (; i < count; ++i) target[i] = source[i];
+}
+
+void fill_zero(float* target, int64_t count) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) store_four(target + i, Four{});
+  for (; i < count; ++i) target[i] = 0.0f;
+}
+
+// Every other float.
+void copy_even(float* target, const float* source, int64_t count) {
+  int64_t i = 0;
+  for (; i + 5 <= count; i += 4) {  // the eighth float of a pair of vectors may be beyond the tensor
+    const Four a = load_four<Element::kFloat32>(source + 2 * i);
+    const Four b = load_four<Element::kFloat32>(source + 2 * i + 4);
+    store_four(target + i, __builtin_shufflevector(a, b, 0, 2, 4, 6));
+  }
+  for (; i < count; ++i) target[i] = source[2 * i];
+}
+
 template <Element kElement>
 void copy_run(const typename Stored<kElement>::Type* source, int64_t step, float* target, int64_t lanes,
               int64_t length) {
-  if (step == 1 && lanes == 1) {
-    if constexpr (kElement == Element::kFloat32) {
-      std::memcpy(target, source, static_cast<size_t>(length) * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < length; ++i) target[i] = Stored<kElement>::load(source[i]);
-    }
-    return;
+  if constexpr (kElement == Element::kFloat32) {
+    if (lanes == 1 && step == 1) return copy_floats(target, source, length);
+    if (lanes == 1 && step == 2) return copy_even(target, source, length);
   }
   for (int64_t i = 0; i < length; ++i) target[i * lanes] = Stored<kElement>::load(source[i * step]);
 }
@@ -141,17 +162,10 @@ void pack_four_planes(const Runs& runs, const typename Stored<kElement>::Type* s
 }
 
 template <Element kElement>
-void pack_planes(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane,
-                 int64_t floats, float* slab) {
+void pack_planes(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, float* slab) {
   const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data) + first * view.channel_stride;
-  if (!runs.everywhere) {
-    for (int64_t c = 0; c < channels; ++c) std::fill_n(slab + c * plane, floats, 0.0f);
-  } else {
-    for (int64_t c = 0; c < channels; ++c) {
-      const Run& last = runs.runs.back();
-      const int64_t end = last.position + (last.length - 1) * runs.lanes + 1;
-      std::fill(slab + c * plane + end, slab + c * plane + floats, 0.0f);
-    }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (const Gap& gap : runs.gaps) fill_zero(slab + c * plane + gap.position, gap.length);
   }
   int64_t c = 0;
   if (view.channel_stride == 1) {
@@ -166,8 +180,7 @@ void finish_run(typename Stored<kElement>::Type* target, const typename Stored<k
   using Convert = Stored<kElement>;
   if constexpr (kPlain) {
     if (kElement == Element::kFloat32 && lanes == 1 && step == 1) {
-      std::memcpy(target, sums, static_cast<size_t>(length) * sizeof(float));
-      return;
+      return copy_floats(reinterpret_cast<float*>(target), sums, length);
     }
     for (int64_t i = 0; i < length; ++i) target[i * step] = Convert::store(sums[i * lanes]);
   } else {
@@ -220,50 +233,65 @@ void unpack_rows(const Runs& runs, const ImageView& view, const Finish& finish, 
   }
 }
 
+// One column of pixels, in pieces that end with an image.
+void add_pixel_runs(const RunsOf& what, const ImageView& view, Runs& result) {
+  result.step = view.y_stride;
+  const int64_t end = std::min(what.first_row + what.rows, what.size.h);
+  for (int64_t y = what.first_row; y < end;) {
+    const int64_t pixel = y % view.pixels;
+    const int64_t length = std::min(end - y, view.pixels - pixel);
+    result.runs.push_back({y - what.first_row, length, y / view.pixels * view.image_stride + pixel * view.y_stride});
+    y += length;
+  }
+}
+
 }  // namespace
 
 Runs make_runs(const RunsOf& what, const ImageView& view) {
-  Runs result{{}, what.lanes, what.scale.w * view.x_stride, false, false};
-  int64_t covered = 0;
-  const auto add = [&](int64_t position, int64_t length, int64_t origin) {
+  Runs result{{}, {}, what.lanes, what.scale.w * view.x_stride, false};
+  const auto add_gap = [&](int64_t position, int64_t length) {
     if (length <= 0) return;
-    result.runs.push_back({position, length, origin});
-    covered += length;
-  };
-  if (view.pixels != 0) {  // one column: the rows are the run
-    result.step = view.y_stride;
-    const int64_t end = std::min(what.first_row + what.rows, what.size.h);
-    for (int64_t y = what.first_row; y < end;) {
-      const int64_t pixel = y % view.pixels;
-      const int64_t length = std::min(end - y, view.pixels - pixel);
-      add(y - what.first_row, length, y / view.pixels * view.image_stride + pixel * view.y_stride);
-      y += length;
+    if (!result.gaps.empty() && result.gaps.back().position + result.gaps.back().length == position) {
+      result.gaps.back().length += length;
+    } else {
+      result.gaps.push_back({position, length});
     }
-  } else {
-    const int64_t shift = what.before.w - what.phase.w;
-    const int64_t first = std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, shift), what.scale.w));
-    const int64_t last = std::min(what.columns, ceil_div(std::max<int64_t>(0, what.size.w + shift), what.scale.w));
-    const int64_t images = std::min(what.lanes, what.images - what.first_image);
-    result.interleaved = images == what.lanes && images % 4 == 0;
-    for (int64_t t = 0; t < what.rows; ++t) {
-      const int64_t y = (what.first_row + t) * what.scale.h + what.phase.h - what.before.h;
-      if (y < 0 || y >= what.size.h) continue;
-      for (int64_t lane = 0; lane < images; ++lane) {
-        add((t * what.row + first) * what.lanes + lane, last - first,
-            (what.first_image + lane) * view.image_stride + y * view.y_stride +
-                (first * what.scale.w - shift) * view.x_stride);
-      }
+  };
+  if (view.pixels != 0) {
+    add_pixel_runs(what, view, result);
+    const int64_t covered = std::max<int64_t>(0, std::min(what.rows, what.size.h - what.first_row));
+    add_gap(covered, what.floats - covered);
+    return result;
+  }
+  const int64_t shift = what.before.w - what.phase.w;
+  const int64_t first = ceil_div(std::max<int64_t>(0, shift), what.scale.w);
+  const int64_t last = std::min(what.columns, ceil_div(std::max<int64_t>(0, what.size.w + shift), what.scale.w));
+  const int64_t images = std::min(what.lanes, what.images - what.first_image);
+  const int64_t row_floats = what.row * what.lanes;
+  result.interleaved = images == what.lanes && images % 4 == 0;
+  for (int64_t t = 0; t < what.rows; ++t) {
+    const int64_t y = (what.first_row + t) * what.scale.h + what.phase.h - what.before.h;
+    const bool empty = y < 0 || y >= what.size.h || last <= first;
+    if (empty || images < what.lanes) {
+      add_gap(t * row_floats, row_floats);
+    } else {
+      add_gap(t * row_floats, first * what.lanes);
+      add_gap(t * row_floats + last * what.lanes, row_floats - last * what.lanes);
+    }
+    for (int64_t lane = 0; lane < images && !empty; ++lane) {
+      result.runs.push_back({t * row_floats + first * what.lanes + lane, last - first,
+                             (what.first_image + lane) * view.image_stride + y * view.y_stride +
+                                 (first * what.scale.w - shift) * view.x_stride});
     }
   }
-  result.everywhere = covered == what.rows * what.row * what.lanes;
+  add_gap(what.rows * row_floats, what.floats - what.rows * row_floats);
   return result;
 }
 
-void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, int64_t floats,
-          float* slab) {
+void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, float* slab) {
   const bool floating = view.element == Element::kFloat32;
   (floating ? pack_planes<Element::kFloat32> : pack_planes<Element::kBFloat16>)(runs, view, first, channels, plane,
-                                                                                floats, slab);
+                                                                                slab);
 }
 
 void unpack(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,

@@ -32,12 +32,17 @@ struct Run {
   int64_t origin;  // in elements, for channel 0
 };
 
+struct Gap {
+  int64_t position;
+  int64_t length;
+};
+
 struct Runs {
   std::vector<Run> runs;
+  std::vector<Gap> gaps;  // filled with zeros before the runs are copied; positions that neither names are in no use
   int64_t lanes;
   int64_t step;      // elements
   bool interleaved;  // each `lanes` successive runs are those of images next to one another
-  bool everywhere;   // no position is without an element
 };
 
 // Grid rows [first_row, first_row + rows) of the images of one group, where grid position (q, r) is pixel
@@ -54,12 +59,12 @@ struct RunsOf {
   int64_t lanes;
   int64_t first_image;
   int64_t images;
+  int64_t floats;  // of a plane: those behind the last row are a gap
 };
 Runs make_runs(const RunsOf& what, const ImageView& view);
 
-// slab[c * plane + position] for `channels` channels from `first` on; 0 where there is no element up to `floats`.
-void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, int64_t floats,
-          float* slab);
+// slab[c * plane + position] for `channels` channels from `first` on.
+void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, float* slab);
 
 // What becomes of a sum on its way into the target.
 struct Finish {

@@ -55,6 +55,8 @@ namespace {
 
 constexpr int64_t kSlabBytes = int64_t{1} << 19;    // a packed band, half of a second-level cache
 constexpr int64_t kBlockBytes = int64_t{24} << 10;  // of a first-level cache of 32 KiB
+constexpr int64_t kRowEntries = 12;                 // of a row in a block
+constexpr int64_t kBandTiles = 4;                   // that a thread takes at once, in place
 constexpr int64_t kLine = 16;                       // floats in a cache line
 
 int64_t vector_floats() { return isa() == Isa::kAvx512 ? 16 : isa() == Isa::kAvx2 ? 8 : 4; }
@@ -67,9 +69,46 @@ int64_t row_length(const Stencil& s) {
   return std::max(columns, s.grid.w);
 }
 
+// Channels are taken in blocks so that a block's part of a tile stays in the first-level cache while all rows pass over
+// it. Sums are stored and loaded again between blocks, so a row should have some entries in each.
+void choose_blocks(const Stencil& s, int64_t entries, int64_t window, Plan& plan) {
+  const int64_t fitting = std::max<int64_t>(1, kBlockBytes / 4 / window);
+  const int64_t worthwhile = entries / (s.rows() * kRowEntries);
+  plan.blocks = std::clamp<int64_t>(ceil_div(s.channels, fitting), 1, std::max<int64_t>(1, worthwhile));
+  plan.block = ceil_div(s.channels, plan.blocks);
+  plan.blocks = ceil_div(s.channels, plan.block);
+}
+
+// The number of vectors to a tile, at most kMostVectors, that covers `floats` with the fewest.
+int64_t best_tile(int64_t floats, int64_t vector) {
+  const int64_t most = std::min(kMostVectors, floats / vector);
+  int64_t best = most;
+  const auto computed = [&](int64_t tile) { return ceil_div(floats, tile * vector) * tile; };
+  for (int64_t tile = most; 2 * tile > most; --tile) {
+    if (computed(tile) < computed(best)) best = tile;
+  }
+  return best;
+}
+
+Plan plan_in_place(const Stencil& s, int64_t entries) {
+  Plan plan{};
+  plan.in_place = true;
+  plan.vector = vector_floats();
+  plan.lanes = 1;
+  plan.row = 1;
+  plan.plane = s.source.h;
+  plan.tile = best_tile(s.grid.h, plan.vector);
+  plan.groups = s.batch;
+  plan.band = std::min(s.grid.h, kBandTiles * plan.tile * plan.vector);
+  plan.bands = ceil_div(s.grid.h, plan.band);
+  choose_blocks(s, entries, plan.tile * plan.vector, plan);
+  return plan;
+}
+
 }  // namespace
 
-Plan plan_for(const Stencil& s) {
+Plan plan_for(const Stencil& s, int64_t entries, bool in_place) {
+  if (in_place) return plan_in_place(s, entries);
   Plan plan{};
   plan.vector = vector_floats();
   plan.row = row_length(s);
@@ -90,10 +129,7 @@ Plan plan_for(const Stencil& s) {
   const int64_t lines = ceil_div(floats, kLine);
   plan.plane = (lines | 1) * kLine;  // an odd number of lines: planes spread over all sets of a cache
   const int64_t window = (plan.tile * plan.vector + s.reach.h * row_floats + s.reach.w * plan.lanes) * s.phases();
-  plan.block = std::clamp<int64_t>(kBlockBytes / 4 / window, 1, s.channels);
-  plan.blocks = ceil_div(s.channels, plan.block);
-  plan.block = ceil_div(s.channels, plan.blocks);
-  plan.blocks = ceil_div(s.channels, plan.block);
+  choose_blocks(s, entries, window, plan);
   return plan;
 }
 

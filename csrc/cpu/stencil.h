@@ -63,9 +63,10 @@ struct Stencil {
 Stencil forward_stencil(const ConvShape& shape);
 Stencil input_gradient_stencil(const ConvShape& shape);
 
-// How a stencil is cut up: for the caches, for vectors, for threads. It depends on the shapes and on the width of a
-// vector, never on the number of threads or on the mask.
+// How a stencil is cut up: for the caches, for vectors, for threads. It depends on the shapes, on the width of a vector
+// and on the number of entries, never on the number of threads.
 struct Plan {
+  bool in_place;   // the source is read where it is, not packed: one column, and planes without gaps
   int64_t lanes;   // images that are interleaved: position = (q * row + r) * lanes + image
   int64_t row;     // grid columns from one row to the next, padding included
   int64_t band;    // grid rows that are packed at once
@@ -81,6 +82,7 @@ struct Plan {
   int64_t units() const { return groups * bands; }
 };
 
-Plan plan_for(const Stencil& stencil);
+// `entries` active weights. In place: a stencil of one column whose source and target planes are contiguous.
+Plan plan_for(const Stencil& stencil, int64_t entries, bool in_place);
 
 }  // namespace granet::cpu

@@ -5,13 +5,57 @@
 
 namespace granet::cpu::GRANET_ISA {
 
+template <typename Value>  // a float, or a vector of them
+inline Value finish(Value value, const float* residual, bool relu) {
+  if (residual != nullptr) {
+    Value added;
+    __builtin_memcpy(&added, residual, sizeof added);
+    value += added;
+  }
+  return relu ? (value < 0.0f ? Value{} : value) : value;  // a NaN stays
+}
+
+template <int kTile>
+void finish_row(const Floats (&sum)[kTile], const DirectTarget& direct, int64_t row) {
+  float* target = direct.target + row * direct.plane;
+  const float* residual = direct.residual == nullptr ? nullptr : direct.residual + row * direct.plane;
+  const auto residual_at = [&](int64_t at) { return residual == nullptr ? nullptr : residual + at; };
+  if (direct.count == 1 && direct.segments->length == kTile * kLanes) {
+    const int64_t first = direct.segments->target;
+    for (int t = 0; t < kTile; ++t) {
+      const int64_t at = first + t * kLanes;
+      store(target + at, finish(sum[t], residual_at(at), direct.relu));
+    }
+    return;
+  }
+  alignas(kVectorBytes) float sums[kTile * kLanes];
+  for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
+  for (const Segment* s = direct.segments; s != direct.segments + direct.count; ++s) {
+    const float* source = sums + s->position;
+    int64_t i = 0;
+    for (; i + kLanes <= s->length; i += kLanes) {
+      const int64_t at = s->target + i;
+      store(target + at, finish(load(source + i), residual_at(at), direct.relu));
+    }
+    for (; i + 4 <= s->length; i += 4) {
+      const int64_t at = s->target + i;
+      store_four(target + at, finish(load_four(source + i), residual_at(at), direct.relu));
+    }
+    for (; i < s->length; ++i) {
+      const int64_t at = s->target + i;
+      target[at] = finish(source[i], residual_at(at), direct.relu);
+    }
+  }
+}
+
 template <int kTile>
 void sum_tile(const SumTile& task) {
   const StencilEntries& entries = task.entries;
   const int64_t* begin = entries.begin + task.block * entries.rows;
+  const bool finishes = task.direct.target != nullptr && task.block + 1 == task.blocks;
   float* sums = task.sums;
   for (int64_t row = task.first_row; row < task.last_row; ++row, sums += kTile * kLanes) {
-    if (task.block > 0 && begin[row] == begin[row + 1]) continue;
+    if (task.block > 0 && begin[row] == begin[row + 1] && !finishes) continue;
     Floats sum[kTile];
     if (task.block > 0) {
       for (int t = 0; t < kTile; ++t) sum[t] = load(sums + t * kLanes);
@@ -24,7 +68,11 @@ void sum_tile(const SumTile& task) {
       const Floats weight = broadcast(entries.value[e]);
       for (int t = 0; t < kTile; ++t) sum[t] = fma(weight, load(source + t * kLanes), sum[t]);
     }
-    for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
+    if (finishes) {
+      finish_row<kTile>(sum, task.direct, row);
+    } else {
+      for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
+    }
   }
 }
 

@@ -15,17 +15,37 @@ struct StencilEntries {
   const float* value;
 };
 
+// A piece of a tile that lies in one piece in the target.
+struct Segment {
+  int64_t position;  // in the tile
+  int64_t length;
+  int64_t target;  // floats from the row's plane
+};
+
+// Where finished sums go directly, if `target` is not null: + residual (or null), max 0 where relu.
+struct DirectTarget {
+  float* target;  // plane of row 0
+  const float* residual;
+  int64_t plane;  // floats from one row to the next
+  const Segment* segments;
+  int64_t count;
+  bool relu;
+};
+
 // sums[row - first_row] (tile vectors) += the entries of one block of channels times the slab, for rows
-// [first_row, last_row). The first block starts from bias[row / rows_per_bias], or 0 where bias is null.
+// [first_row, last_row). The first block starts from bias[row / rows_per_bias], or 0 where bias is null; the last one
+// goes on to the direct target, if there is one.
 struct SumTile {
   StencilEntries entries;
   const float* slab;  // at the tile's first position
   int64_t block;
+  int64_t blocks;
   int64_t first_row;
   int64_t last_row;
   const float* bias;
   int64_t rows_per_bias;
   float* sums;
+  DirectTarget direct;
 };
 
 // gradient[e] += the sum over a tile of target[row * plane + …] * slab[offset[e] + …], for rows [first_row, last_row).

@@ -15,6 +15,7 @@
 
 #include "common/bits.h"
 #include "cpu/conv.h"
+#include "cpu/mask.h"
 #include "cpu/stencil_index.h"
 #include "torch/parallel.h"
 
@@ -43,11 +44,11 @@ bool is_pointwise(const ConvShape& s) {
          s.padding.w == 0;
 }
 
-ConvShape flattened(const ConvShape& s) {
+ConvShape flattened(const ConvShape& s, bool in_place) {
   if (!is_pointwise(s)) return s;
   ConvShape flat = s;
-  flat.batch = 1;
-  flat.input = {s.batch * s.input.h * s.input.w, 1};
+  flat.batch = in_place ? s.batch : 1;
+  flat.input = {(in_place ? 1 : s.batch) * s.input.h * s.input.w, 1};
   return flat;
 }
 
@@ -57,12 +58,21 @@ struct Work {
   Plan plan;
 };
 
-Work work_of(const ConvShape& shape, Direction direction) {
-  const ConvShape flat = flattened(shape);
+Work work_of(const ConvShape& shape, Direction direction, int64_t entries, bool in_place) {
+  const ConvShape flat = flattened(shape, in_place);
   const Stencil stencil =
       direction == Direction::kForward ? cpu::forward_stencil(flat) : cpu::input_gradient_stencil(flat);
-  return {flat, stencil, cpu::plan_for(stencil)};
+  return {flat, stencil, cpu::plan_for(stencil, entries, in_place)};
 }
+
+// A source may be read where it is if each of its planes is a run of floats at least as long as a tile.
+void check_in_place(const ConvShape& shape, bool in_place) {
+  constexpr int64_t kLongestTile = cpu::kMostVectors * 16;
+  STD_TORCH_CHECK(!in_place || (is_pointwise(shape) && shape.input.h * shape.input.w >= kLongestTile),
+                  "in_place: expected a pointwise convolution of ", kLongestTile, " pixels or more");
+}
+
+int64_t entries_in(const std::vector<Tensor>& index) { return index.size() == 3 ? index[2].numel() : 0; }
 
 cpu::Element element_of(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
@@ -94,6 +104,12 @@ ImageView view_of(const Tensor& tensor, const char* name, bool pointwise) {
   return view;
 }
 
+void check_planes(const ImageView& view, const ConvShape& shape, bool in_place, const char* name) {
+  STD_TORCH_CHECK(!in_place || (view.element == cpu::Element::kFloat32 && view.y_stride == 1 &&
+                                view.channel_stride == shape.input.h * shape.input.w),
+                  name, ": expected contiguous float32 planes, to be read in place");
+}
+
 void check_size(const Tensor& tensor, const char* name, int64_t batch, int64_t channels, Pair size) {
   const bool matches = tensor.dim() == 2 ? tensor.size(0) == batch * size.h * size.w && tensor.size(1) == channels
                                          : tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == channels &&
@@ -108,12 +124,15 @@ cpu::WeightOrder order_of(bool channels_last) {
 Direction direction_of(bool input_gradient) { return input_gradient ? Direction::kInputGradient : Direction::kForward; }
 
 std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, bool channels_last, bool input_gradient,
-                                  bool ranked) {
+                                  bool ranked, bool in_place) {
   const ConvShape shape = shape_of(numbers);
+  check_in_place(shape, in_place);
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
                       mask.numel() >= mask_bytes(shape.weights()),
                   "mask: expected a contiguous uint8 tensor on the CPU with a bit for each weight");
-  const Work work = work_of(shape, direction_of(input_gradient));
+  const int64_t active =
+      cpu::count_active(static_cast<const uint8_t*>(mask.const_data_ptr()), mask_bytes(shape.weights()));
+  const Work work = work_of(shape, direction_of(input_gradient), active, in_place);
   STD_TORCH_CHECK(cpu::offsets_fit(work.stencil, work.plan), "shape: too large for the sparse convolution");
   Tensor begin = torch::stable::new_empty(mask, {work.plan.blocks * work.stencil.rows() + 1}, ScalarType::Long);
   const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
@@ -187,10 +206,12 @@ cpu::StencilEntries entries_of(const Index& index, const Work& work, const float
 
 // target = conv(input, weight) + bias + residual, max 0 where relu.
 void sparse_conv_(Tensor target, Tensor input, Tensor weight, std::vector<Tensor> index_parts,
-                  std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu, std::vector<int64_t> numbers) {
+                  std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu, std::vector<int64_t> numbers,
+                  bool in_place) {
   const ConvShape shape = shape_of(numbers);
-  const Work work = work_of(shape, Direction::kForward);
+  const Work work = work_of(shape, Direction::kForward, entries_in(index_parts), in_place);
   const Index index = checked_index(index_parts, work);
+  check_in_place(shape, in_place);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   check_size(target, "target", shape.batch, shape.out_channels, shape.output());
   float* values = value_scratch(index.source.numel());
@@ -208,33 +229,40 @@ void sparse_conv_(Tensor target, Tensor input, Tensor weight, std::vector<Tensor
       biases.push_back(source.element == cpu::Element::kBFloat16 ? round_to_bfloat16(value) : value);
     }
   }
+  const ImageView result = view_of(target, "target", pointwise);
+  check_planes(source, shape, in_place, "input");
+  check_planes(result, shape, in_place, "target");
   const cpu::Finish finish{residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
   cpu::run_stencil(work.stencil, work.plan, entries_of(index, work, values), source,
-                   biases.empty() ? nullptr : biases.data(), finish, view_of(target, "target", pointwise),
-                   TorchThreads());
+                   biases.empty() ? nullptr : biases.data(), finish, result, TorchThreads());
 }
 
 void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor weight, std::vector<Tensor> index_parts,
-                                 std::vector<int64_t> numbers) {
+                                 std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
-  const Work work = work_of(shape, Direction::kInputGradient);
+  const Work work = work_of(shape, Direction::kInputGradient, entries_in(index_parts), in_place);
   const Index index = checked_index(index_parts, work);
+  check_in_place(shape, in_place);
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(gradient, "gradient", shape.batch, shape.channels, shape.input);
   float* values = value_scratch(index.source.numel());
   const bool pointwise = is_pointwise(shape);
   const ImageView source = view_of(grad_output, "grad_output", pointwise);
+  const ImageView target = view_of(gradient, "gradient", pointwise);
+  check_planes(source, shape, in_place, "grad_output");
+  check_planes(target, shape, in_place, "gradient");
   gather_values(weight, index.source, source.element, values);
-  cpu::run_stencil(work.stencil, work.plan, entries_of(index, work, values), source, nullptr, {nullptr, false},
-                   view_of(gradient, "gradient", pointwise), TorchThreads());
+  cpu::run_stencil(work.stencil, work.plan, entries_of(index, work, values), source, nullptr, {nullptr, false}, target,
+                   TorchThreads());
 }
 
 // gradient, whose storage order is the weight's: zero but for the active weights.
 void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor input, std::vector<Tensor> index_parts,
-                                  std::vector<int64_t> numbers) {
+                                  std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
-  const Work work = work_of(shape, Direction::kForward);
+  const Work work = work_of(shape, Direction::kForward, entries_in(index_parts), in_place);
   const Index index = checked_index(index_parts, work);
+  check_in_place(shape, in_place);
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   STD_TORCH_CHECK(gradient.numel() == shape.weights(), "gradient: expected ", shape.weights(), " elements");
@@ -243,9 +271,12 @@ void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
   const int64_t parts = cpu::gradient_parts(work.plan);
   float* scratch = value_scratch(count * (parts + 1));
   float* sums = scratch + count * parts;
-  cpu::correlate_stencil(work.stencil, work.plan, entries_of(index, work, nullptr), count,
-                         view_of(input, "input", pointwise), view_of(grad_output, "grad_output", pointwise), scratch,
-                         sums, TorchThreads());
+  const ImageView from = view_of(input, "input", pointwise);
+  const ImageView factor = view_of(grad_output, "grad_output", pointwise);
+  check_planes(from, shape, in_place, "input");
+  check_planes(factor, shape, in_place, "grad_output");
+  cpu::correlate_stencil(work.stencil, work.plan, entries_of(index, work, nullptr), count, from, factor, scratch, sums,
+                         TorchThreads());
   if (element_of(input, "input") == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
     for (int64_t e = 0; e < count; ++e) sums[e] = round_to_bfloat16(sums[e]);
   }
@@ -266,16 +297,18 @@ void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
-  m.def("stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool ranked) -> Tensor[]");
+  m.def(
+      "stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool ranked, bool in_place) -> "
+      "Tensor[]");
   m.def(
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor weight, Tensor[] index, Tensor? bias, Tensor? residual, "
-      "bool relu, int[] shape) -> ()");
+      "bool relu, int[] shape, bool in_place) -> ()");
   m.def(
       "sparse_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor weight, Tensor[] index, int[] "
-      "shape) -> ()");
+      "shape, bool in_place) -> ()");
   m.def(
       "sparse_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor[] index, int[] "
-      "shape) -> ()");
+      "shape, bool in_place) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {

@@ -267,6 +267,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
         "stride": [3, 2],
         "padding": [1, 4],
     },
+    "1x1-large-planes": {"size": (2, 6, 13, 12), "weight": (5, 6, 1, 1)},
     "1x1-stride-2": {"size": (2, 6, 9, 9), "weight": (5, 6, 1, 1), "stride": [2, 2]},
     "no-images": {"size": (0, 8, 9, 9), "weight": (4, 8, 3, 3)},
     "one-pixel": {"size": (1, 1, 1, 1), "weight": (1, 1, 1, 1)},

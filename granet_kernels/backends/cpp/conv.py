@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from granet_kernels.backends.cpp.cost import prefers_sparse
-from granet_kernels.backends.cpp.index import Shape, index_of, indexes_of
+from granet_kernels.backends.cpp.index import Access, Shape, index_of, indexes_of, readable_in_place
 from granet_kernels.backends.reference.mask import mask_cast, mask_grad
 from granet_kernels.choices import note_choice
 from granet_kernels.layout import conv_memory_format
@@ -45,10 +45,12 @@ def masked_conv2d(
         dtype=input.dtype,
         memory_format=memory_format,
     )
-    index = index_of(mask, shape, is_channels_last(weight), "forward")
+    input = evenly_spaced(input)
+    access = access_of(shape, weight, input, output)
+    index = index_of(mask, shape, access, "forward")
     bias = None if bias is None else bias.to(input.dtype)
     torch.ops.granet_cpp.sparse_conv_.default(
-        output, evenly_spaced(input), weight, index, bias, None, False, list(shape)
+        output, input, weight, index, bias, None, False, list(shape), access.in_place
     )
     return output
 
@@ -104,10 +106,11 @@ def sparse_input_gradient(
     gradient: Tensor, grad_output: Tensor, weight: Tensor, mask: Tensor, shape: Shape
 ) -> None:
     """Write the input's gradient, computed from the active weights alone."""
-    index = index_of(mask, shape, is_channels_last(weight), "input_gradient")
-    target = gradient if evenly_spaced(gradient) is gradient else gradient.contiguous()
+    target, source = evenly_spaced(gradient), evenly_spaced(grad_output)
+    access = access_of(shape, weight, target, source)
+    index = index_of(mask, shape, access, "input_gradient")
     torch.ops.granet_cpp.sparse_conv_input_gradient_.default(
-        target, evenly_spaced(grad_output), weight, index, list(shape)
+        target, source, weight, index, list(shape), access.in_place
     )
     if target is not gradient:
         gradient.copy_(target)
@@ -117,9 +120,11 @@ def sparse_weight_gradient(
     gradient: Tensor, grad_output: Tensor, input: Tensor, mask: Tensor, shape: Shape
 ) -> None:
     """Write the weight's gradient: computed where the mask is active, zero elsewhere."""
-    index = index_of(mask, shape, is_channels_last(gradient), "forward")
+    source, factor = evenly_spaced(input), evenly_spaced(grad_output)
+    access = access_of(shape, gradient, source, factor)
+    index = index_of(mask, shape, access, "forward")
     torch.ops.granet_cpp.sparse_conv_weight_gradient_.default(
-        gradient, evenly_spaced(grad_output), evenly_spaced(input), index, list(shape)
+        gradient, factor, source, index, list(shape), access.in_place
     )
 
 
@@ -154,9 +159,9 @@ def conv_shape(
     return Shape._make((*input.shape, out_channels, *kernel, *stride, *padding, *dilation, groups))
 
 
-def is_channels_last(weight: Tensor) -> bool:
-    """Whether a weight, contiguous or channels_last, is the latter; where it is both, the former."""
-    return not weight.is_contiguous()
+def access_of(shape: Shape, weight: Tensor, *images: Tensor) -> Access:
+    """How the kernels reach a weight, contiguous or channels_last, and its input and output."""
+    return Access(not weight.is_contiguous(), readable_in_place(shape, *images))
 
 
 def evenly_spaced(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from granet_kernels.backends.cpp.conv import (
     sparse_input_gradient,
     sparse_weight_gradient,
 )
-from granet_kernels.backends.cpp.index import Shape, index_of
+from granet_kernels.backends.cpp.index import Access, Shape, index_of
 from granet_kernels.backends.reference.mask import mask_cast, mask_grad
 
 
@@ -33,11 +33,12 @@ def masked_linear(
         output.view(-1, weight.size(0)),
         as_rows(input),
         weight,
-        index_of(mask, shape, False, "forward"),
+        index_of(mask, shape, Access(channels_last=False, in_place=False), "forward"),
         None if bias is None else bias.to(input.dtype),
         None,
         False,
         list(shape),
+        False,
     )
     return output
 
