@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from granet_kernels.backends.cpp.cost import prefers_sparse
-from granet_kernels.backends.cpp.index import Access, Shape, index_of, indexes_of, readable_in_place
+from granet_kernels.backends.cpp.index import (
+    Access,
+    ActiveWeights,
+    Shape,
+    active_weights,
+    readable_in_place,
+)
 from granet_kernels.backends.reference.mask import mask_cast, mask_grad
 from granet_kernels.choices import note_choice
 from granet_kernels.layout import conv_memory_format
@@ -35,7 +41,8 @@ def masked_conv2d(
     """conv2d(input, weight where active), in the dtype of the input."""
     shape = conv_shape(input, weight, stride, padding, dilation, groups)
     memory_format = conv_memory_format(input, weight)
-    if not chooses_sparse(shape, input, weight, mask, algorithm):
+    active = active_weights(mask)
+    if not chooses_sparse(shape, input, weight, mask, active, algorithm):
         bias = None if bias is None else bias.to(input.dtype)
         masked = mask_cast(weight, mask, input.dtype)
         output = F.conv2d(input, masked, bias, stride, padding, dilation, groups)
@@ -47,7 +54,7 @@ def masked_conv2d(
     )
     input = evenly_spaced(input)
     access = access_of(shape, weight, input, output)
-    index = index_of(mask, shape, access, "forward")
+    index = active.index(shape, access, "forward")
     bias = None if bias is None else bias.to(input.dtype)
     torch.ops.granet_cpp.sparse_conv_.default(
         output, input, weight, index, bias, None, False, list(shape), access.in_place
@@ -73,7 +80,8 @@ def masked_conv2d_backward(
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
     shape = conv_shape(input, weight, stride, padding, dilation, groups)
     needs_input, needs_weight, needs_bias = needs
-    sparse = chooses_sparse(shape, input, weight, mask, algorithm)
+    active = active_weights(mask)
+    sparse = chooses_sparse(shape, input, weight, mask, active, algorithm)
     sparse_weight = sparse and not bool(dense_grad)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     dense_needs = [needs_input and not sparse, needs_weight and not sparse_weight, False]
@@ -86,14 +94,14 @@ def masked_conv2d_backward(
     if needs_input:
         gradient = torch.empty_like(input)
         if sparse:
-            sparse_input_gradient(gradient, grad_output, weight, mask, shape)
+            sparse_input_gradient(gradient, grad_output, weight, active, shape)
         else:
             gradient.copy_(grad_input)
         gradients.append(gradient)
     if needs_weight:
         if sparse_weight:
             gradient = torch.empty_like(weight)
-            sparse_weight_gradient(gradient, grad_output, input, mask, shape)
+            sparse_weight_gradient(gradient, grad_output, input, active, shape)
             gradients.append(gradient)
         else:
             gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
@@ -103,12 +111,12 @@ def masked_conv2d_backward(
 
 
 def sparse_input_gradient(
-    gradient: Tensor, grad_output: Tensor, weight: Tensor, mask: Tensor, shape: Shape
+    gradient: Tensor, grad_output: Tensor, weight: Tensor, active: ActiveWeights, shape: Shape
 ) -> None:
     """Write the input's gradient, computed from the active weights alone."""
     target, source = evenly_spaced(gradient), evenly_spaced(grad_output)
     access = access_of(shape, weight, target, source)
-    index = index_of(mask, shape, access, "input_gradient")
+    index = active.index(shape, access, "input_gradient")
     torch.ops.granet_cpp.sparse_conv_input_gradient_.default(
         target, source, weight, index, list(shape), access.in_place
     )
@@ -117,19 +125,24 @@ def sparse_input_gradient(
 
 
 def sparse_weight_gradient(
-    gradient: Tensor, grad_output: Tensor, input: Tensor, mask: Tensor, shape: Shape
+    gradient: Tensor, grad_output: Tensor, input: Tensor, active: ActiveWeights, shape: Shape
 ) -> None:
     """Write the weight's gradient: computed where the mask is active, zero elsewhere."""
     source, factor = evenly_spaced(input), evenly_spaced(grad_output)
     access = access_of(shape, gradient, source, factor)
-    index = index_of(mask, shape, access, "forward")
+    index = active.index(shape, access, "forward")
     torch.ops.granet_cpp.sparse_conv_weight_gradient_.default(
         gradient, factor, source, index, list(shape), access.in_place
     )
 
 
 def chooses_sparse(
-    shape: Shape, input: Tensor, weight: Tensor, mask: Tensor, algorithm: str
+    shape: Shape,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    active: ActiveWeights,
+    algorithm: str,
 ) -> bool:
     """Whether the sparse kernels compute this layer; noted for the layer's ``repr``."""
     possible = (
@@ -139,7 +152,7 @@ def chooses_sparse(
         and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
     )
     if algorithm == "auto":
-        sparse = possible and prefers_sparse(shape, indexes_of(mask).active, input.dtype)
+        sparse = possible and prefers_sparse(shape, active.count, input.dtype)
     else:
         sparse = possible and algorithm == "sparse"
     note_choice(mask, "sparse" if sparse else "dense")

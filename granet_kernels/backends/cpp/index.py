@@ -84,40 +84,47 @@ def readable_in_place(shape: Shape, *tensors: Tensor) -> bool:
 Key = tuple[Shape, Access, Direction]
 
 
-class MaskIndexes:
-    """What is known of one mask."""
+class ActiveWeights:
+    """The bits of a mask at one time, and the indexes that were built from them."""
 
     def __init__(self, mask: Tensor) -> None:
-        self.bits = mask.clone()
-        self.active = int(torch.ops.granet_cpp.count_active.default([mask]))
-        self.indexes: OrderedDict[Key, list[Tensor]] = OrderedDict()
+        self._bits = mask.clone()
+        self._indexes: OrderedDict[Key, list[Tensor]] = OrderedDict()
+        self.count = int(torch.ops.granet_cpp.count_active.default([mask]))
 
+    def are_those_of(self, mask: Tensor) -> bool:
+        """Whether a mask still holds these bits."""
+        return torch.equal(self._bits, mask)
 
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def indexes_of(mask: Tensor) -> MaskIndexes:
-    """What is known of the bits that a packed mask holds now."""
-    known: MaskIndexes | None = _known.get(mask)
-    if known is None or not torch.equal(known.bits, mask):
-        known = MaskIndexes(mask)
-        _known[mask] = known
-    return known
-
-
-def index_of(mask: Tensor, shape: Shape, access: Access, direction: Direction) -> list[Tensor]:
-    """The index of a packed mask for a shape."""
-    known = indexes_of(mask)
-    key = (shape, access, direction)
-    index = known.indexes.get(key)
-    if index is None:
+    def index(self, shape: Shape, access: Access, direction: Direction) -> list[Tensor]:
+        """The index for a shape: where the entries of each row begin, their offsets, their weights."""
+        key = (shape, access, direction)
+        index: list[Tensor] | None = self._indexes.get(key)
+        if index is not None:
+            self._indexes.move_to_end(key)
+            return index
         backward = direction == "input_gradient"
         index = torch.ops.granet_cpp.stencil_index.default(
-            mask, list(shape), access.channels_last, backward, access.ranked, access.in_place
+            self._bits,
+            list(shape),
+            access.channels_last,
+            backward,
+            access.ranked,
+            access.in_place,
         )
-        known.indexes[key] = index
-        if len(known.indexes) > 2 * MOST_SHAPES:
-            known.indexes.popitem(last=False)
-    else:
-        known.indexes.move_to_end(key)
-    return index
+        self._indexes[key] = index
+        if len(self._indexes) > 2 * MOST_SHAPES:
+            self._indexes.popitem(last=False)
+        return index
+
+
+_known = WeakIdKeyDictionary()
+
+
+def active_weights(mask: Tensor) -> ActiveWeights:
+    """Those that a packed mask names now."""
+    known: ActiveWeights | None = _known.get(mask)
+    if known is None or not known.are_those_of(mask):
+        known = ActiveWeights(mask)
+        _known[mask] = known
+    return known

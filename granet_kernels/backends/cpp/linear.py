@@ -16,7 +16,7 @@ from granet_kernels.backends.cpp.conv import (
     sparse_input_gradient,
     sparse_weight_gradient,
 )
-from granet_kernels.backends.cpp.index import Access, Shape, index_of
+from granet_kernels.backends.cpp.index import Access, Shape, active_weights
 from granet_kernels.backends.reference.mask import mask_cast, mask_grad
 
 
@@ -25,7 +25,8 @@ def masked_linear(
 ) -> Tensor:
     """input @ (weight where active).T + bias, in the dtype of the input."""
     shape = linear_shape(input, weight)
-    if not chooses_sparse(shape, input, weight, mask, algorithm):
+    active = active_weights(mask)
+    if not chooses_sparse(shape, input, weight, mask, active, algorithm):
         bias = None if bias is None else bias.to(input.dtype)
         return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
     output = input.new_empty((*input.shape[:-1], weight.size(0)))
@@ -33,7 +34,7 @@ def masked_linear(
         output.view(-1, weight.size(0)),
         as_rows(input),
         weight,
-        index_of(mask, shape, Access(channels_last=False, in_place=False), "forward"),
+        active.index(shape, Access(channels_last=False, in_place=False), "forward"),
         None if bias is None else bias.to(input.dtype),
         None,
         False,
@@ -57,13 +58,14 @@ def masked_linear_backward(
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
     shape = linear_shape(input, weight)
     needs_input, needs_weight, needs_bias = needs
-    sparse = chooses_sparse(shape, input, weight, mask, algorithm)
+    active = active_weights(mask)
+    sparse = chooses_sparse(shape, input, weight, mask, active, algorithm)
     gradients = []
     if needs_input:
         gradient = torch.empty_like(input)
         if sparse:
             rows = torch.empty((shape.batch, shape.channels), dtype=input.dtype)
-            sparse_input_gradient(rows, as_rows(grad_output), weight, mask, shape)
+            sparse_input_gradient(rows, as_rows(grad_output), weight, active, shape)
             gradient.copy_(rows.view(input.shape))
         else:
             gradient.copy_(grad_output @ mask_cast(weight, mask, input.dtype))
@@ -71,7 +73,7 @@ def masked_linear_backward(
     if needs_weight:
         if sparse and not bool(dense_grad):
             gradient = torch.empty_like(weight)
-            sparse_weight_gradient(gradient, as_rows(grad_output), as_rows(input), mask, shape)
+            sparse_weight_gradient(gradient, as_rows(grad_output), as_rows(input), active, shape)
             gradients.append(gradient)
         else:
             grad_weight = as_rows(grad_output).t() @ as_rows(input)
