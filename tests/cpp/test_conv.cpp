@@ -1,0 +1,240 @@
+// Tests of csrc/cpu/conv.h against the definition of a convolution, on tensors of exactly the sizes that the contracts
+// name, so that a sanitizer sees the first byte read or written beyond them.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "common/bits.h"
+#include "cpu/conv.h"
+#include "cpu/mask.h"
+#include "cpu/stencil_index.h"
+#include "threads.h"
+
+namespace {
+
+using namespace granet;
+using namespace granet::cpu;
+using Floats = std::vector<float>;
+
+int failures = 0;
+std::mt19937 generator(0);
+
+int64_t pick(std::initializer_list<int64_t> choices) {
+  return *(choices.begin() + std::uniform_int_distribution<size_t>(0, choices.size() - 1)(generator));
+}
+
+Floats random_floats(int64_t count) {
+  std::normal_distribution<float> draw;
+  Floats values(static_cast<size_t>(count));
+  for (float& value : values) value = draw(generator);
+  return values;
+}
+
+// An owned image tensor (images, channels, h, w), contiguous or channels_last.
+struct Images {
+  Floats values;
+  int64_t channels;
+  Pair size;
+  bool channels_last;
+
+  ImageView view() {
+    const int64_t pixels = size.h * size.w;
+    if (channels_last) {
+      return {values.data(), Element::kFloat32, pixels * channels, 1, size.w * channels, channels, 0};
+    }
+    return {values.data(), Element::kFloat32, pixels * channels, pixels, size.w, 1, 0};
+  }
+  ImageView pixels_view() {
+    ImageView flat = view();
+    flat.y_stride = flat.x_stride;
+    flat.pixels = size.h * size.w;
+    return flat;
+  }
+  float& at(int64_t n, int64_t c, int64_t y, int64_t x) {
+    const ImageView v = view();
+    return values[static_cast<size_t>(n * v.image_stride + c * v.channel_stride + y * v.y_stride + x * v.x_stride)];
+  }
+};
+
+Images images(int64_t batch, int64_t channels, Pair size, bool channels_last, bool random) {
+  const int64_t count = batch * channels * size.h * size.w;
+  return {random ? random_floats(count) : Floats(static_cast<size_t>(count), NAN), channels, size, channels_last};
+}
+
+struct Problem {
+  ConvShape shape;
+  Floats weight;  // contiguous, 0 where inactive
+  std::vector<uint8_t> mask;
+};
+
+Problem random_problem() {
+  Problem p{};
+  ConvShape& s = p.shape;
+  s.groups = pick({1, 1, 2, 3});
+  s.batch = pick({1, 2, 5, 8, 17});
+  s.channels = s.groups * pick({1, 3, 8, 13});
+  s.out_channels = s.groups * pick({1, 2, 7, 11});
+  s.kernel = {pick({1, 1, 3, 5}), pick({1, 1, 3, 4})};
+  s.stride = {pick({1, 1, 2, 3}), pick({1, 1, 2})};
+  s.padding = {pick({0, 1, 2}), pick({0, 1, 3})};
+  s.dilation = {pick({1, 1, 2}), pick({1, 1, 3})};
+  if (pick({0, 1}) == 1) s.kernel = s.stride = {1, 1}, s.padding = {0, 0};
+  s.input = {(s.kernel.h - 1) * s.dilation.h + pick({1, 2, 7, 15}),
+             (s.kernel.w - 1) * s.dilation.w + pick({1, 4, 9, 37})};
+  p.weight = random_floats(s.weights());
+  std::bernoulli_distribution active(static_cast<double>(pick({0, 1, 3, 10})) / 10);
+  std::vector<uint8_t> bits(p.weight.size());
+  for (size_t i = 0; i < bits.size(); ++i) {
+    bits[i] = active(generator);
+    if (!bits[i]) p.weight[i] = 0.0f;
+  }
+  p.mask.resize(static_cast<size_t>(mask_bytes(s.weights())));
+  pack_mask(bits.data(), s.weights(), p.mask.data());
+  return p;
+}
+
+// multiply(weight, input element, output element) for every product of a convolution.
+template <typename Multiply>
+void for_each_product(const ConvShape& s, Images& input, Images& output, const Multiply& multiply) {
+  const int64_t group_outputs = s.out_channels / s.groups;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    for (int64_t o = 0; o < s.out_channels; ++o) {
+      for (int64_t i = 0; i < output.size.h * output.size.w; ++i) {
+        for (int64_t e = 0; e < s.filter_size(); ++e) {
+          const int64_t c = e / (s.kernel.h * s.kernel.w);
+          const int64_t kh = e / s.kernel.w % s.kernel.h;
+          const int64_t kw = e % s.kernel.w;
+          const int64_t y = i / output.size.w * s.stride.h + kh * s.dilation.h - s.padding.h;
+          const int64_t x = i % output.size.w * s.stride.w + kw * s.dilation.w - s.padding.w;
+          if (y < 0 || y >= s.input.h || x < 0 || x >= s.input.w) continue;
+          multiply(static_cast<size_t>(o * s.filter_size() + e),
+                   input.at(n, o / group_outputs * s.group_channels() + c, y, x),
+                   output.at(n, o, i / output.size.w, i % output.size.w));
+        }
+      }
+    }
+  }
+}
+
+void expect_close(const char* what, const Floats& got, const Floats& expected, const Problem& p) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::abs(got[i] - expected[i]) <= 1e-3f * (1 + std::abs(expected[i]))) continue;
+    ++failures;
+    std::printf("FAILED: %s[%zu] = %g, expected %g; %lldx%lld kernel, %lld channels\n", what, i,
+                static_cast<double>(got[i]), static_cast<double>(expected[i]), static_cast<long long>(p.shape.kernel.h),
+                static_cast<long long>(p.shape.kernel.w), static_cast<long long>(p.shape.channels));
+    return;
+  }
+}
+
+struct BuiltIndex {
+  std::vector<int64_t> begin;
+  std::vector<int32_t> offset;
+  std::vector<int32_t> source;
+  Floats values;
+  Stencil stencil;
+  Plan plan;
+
+  StencilEntries entries() const { return {stencil.rows(), begin.data(), offset.data(), values.data()}; }
+};
+
+BuiltIndex build(const Problem& p, const ConvShape& shape, Direction direction, bool in_place) {
+  BuiltIndex index;
+  const int64_t active = count_active(p.mask.data(), static_cast<int64_t>(p.mask.size()));
+  index.stencil = direction == Direction::kForward ? forward_stencil(shape) : input_gradient_stencil(shape);
+  index.plan = plan_for(index.stencil, active, in_place);
+  index.begin.resize(static_cast<size_t>(index.plan.blocks * index.stencil.rows() + 1));
+  const auto count = static_cast<size_t>(
+      count_entries(p.mask.data(), shape, WeightOrder::kContiguous, direction, index.plan, index.begin.data()));
+  index.offset.resize(count);
+  index.source.resize(count);
+  fill_entries(p.mask.data(), shape, WeightOrder::kContiguous, direction, false, index.plan,
+               {index.begin.data(), index.offset.data(), index.source.data()});
+  for (const int32_t weight : index.source) index.values.push_back(p.weight[static_cast<size_t>(weight)]);
+  return index;
+}
+
+// One column of all pixels, as the adaptor hands pointwise convolutions on.
+ConvShape flattened(const ConvShape& s, bool in_place) {
+  ConvShape flat = s;
+  flat.batch = in_place ? s.batch : 1;
+  flat.input = {(in_place ? 1 : s.batch) * s.input.h * s.input.w, 1};
+  return flat;
+}
+
+void check(const Problem& p, const Parallel& parallel) {
+  const ConvShape& s = p.shape;
+  const bool pointwise = s.kernel.h * s.kernel.w * s.stride.h * s.stride.w == 1 && s.padding.h + s.padding.w == 0;
+  const bool last = pick({0, 1}) == 1;
+  const bool in_place = pointwise && !last && s.input.h * s.input.w >= 128;
+  const ConvShape shape = pointwise ? flattened(s, in_place) : s;
+  const auto view = [&](Images& tensor) { return pointwise ? tensor.pixels_view() : tensor.view(); };
+  Images input = images(s.batch, s.channels, s.input, last, true);
+  Images output = images(s.batch, s.out_channels, s.output(), last, false);
+  const Floats bias = random_floats(s.out_channels);
+
+  const BuiltIndex forward = build(p, shape, Direction::kForward, in_place);
+  run_stencil(forward.stencil, forward.plan, forward.entries(), view(input), bias.data(), {nullptr, true}, view(output),
+              parallel);
+  Images expected = output;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    for (int64_t i = 0; i < s.out_channels * output.size.h * output.size.w; ++i) {
+      const int64_t pixels = output.size.h * output.size.w;
+      expected.at(n, i / pixels, i % pixels / output.size.w, i % output.size.w) = bias[static_cast<size_t>(i / pixels)];
+    }
+  }
+  for_each_product(s, input, expected, [&](size_t w, float x, float& y) { y += p.weight[w] * x; });
+  for (float& value : expected.values) value = std::max(value, 0.0f);
+  expect_close("output", output.values, expected.values, p);
+
+  Images grad_output = images(s.batch, s.out_channels, s.output(), last, true);
+  Images grad_input = images(s.batch, s.channels, s.input, last, false);
+  const BuiltIndex backward = build(p, shape, Direction::kInputGradient, in_place);
+  run_stencil(backward.stencil, backward.plan, backward.entries(), view(grad_output), nullptr, {nullptr, false},
+              view(grad_input), parallel);
+  Images expected_input = images(s.batch, s.channels, s.input, last, true);
+  std::fill(expected_input.values.begin(), expected_input.values.end(), 0.0f);
+  for_each_product(s, expected_input, grad_output, [&](size_t w, float& x, float y) { x += p.weight[w] * y; });
+  expect_close("gradient of the input", grad_input.values, expected_input.values, p);
+
+  const auto count = static_cast<int64_t>(forward.source.size());
+  Floats partial(static_cast<size_t>(gradient_parts(forward.plan) * count));
+  Floats gradient(static_cast<size_t>(count));
+  correlate_stencil(forward.stencil, forward.plan, forward.entries(), count, view(input), view(grad_output),
+                    partial.data(), gradient.data(), parallel);
+  Floats products(p.weight.size());
+  for_each_product(s, input, grad_output, [&](size_t w, float x, float y) { products[w] += x * y; });
+  Floats expected_gradient;
+  for (const int32_t weight : forward.source) expected_gradient.push_back(products[static_cast<size_t>(weight)]);
+  expect_close("gradient of the weight", gradient, expected_gradient, p);
+}
+
+void test_threads_change_nothing() {
+  Problem p = random_problem();
+  while (p.shape.weights() < 500) p = random_problem();
+  const BuiltIndex index = build(p, p.shape, Direction::kForward, false);
+  Images input = images(p.shape.batch, p.shape.channels, p.shape.input, false, true);
+  std::vector<Floats> results;
+  for (int threads : {1, 2, 3, 8}) {
+    Images output = images(p.shape.batch, p.shape.out_channels, p.shape.output(), false, false);
+    run_stencil(index.stencil, index.plan, index.entries(), input.view(), nullptr, {nullptr, false}, output.view(),
+                StdThreads(threads));
+    results.push_back(output.values);
+  }
+  for (const Floats& result : results) {
+    if (std::memcmp(result.data(), results[0].data(), result.size() * sizeof(float)) == 0) continue;
+    ++failures;
+    std::printf("FAILED: the number of threads changes the output\n");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < 60; ++i) check(random_problem(), StdThreads(1 + i % 3));
+  test_threads_change_nothing();
+  if (failures == 0) std::printf("conv: all passed\n");
+  return failures == 0 ? 0 : 1;
+}
