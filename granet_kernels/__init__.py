@@ -19,7 +19,16 @@ from granet_kernels.functional import (
     unpack_mask,
     zero_inactive_,
 )
-from granet_kernels.nn import MaskedConv2d, MaskedLinear, densify, masked_layers, sparsify
+from granet_kernels.nn import (
+    CompressedConv2d,
+    CompressedLinear,
+    MaskedConv2d,
+    MaskedLinear,
+    compress,
+    densify,
+    masked_layers,
+    sparsify,
+)
 from granet_kernels.ops import (
     Backend,
     BackendUnavailableError,
@@ -36,6 +45,8 @@ __all__ = [
     "Backend",
     "BackendUnavailableError",
     "BitMask",
+    "CompressedConv2d",
+    "CompressedLinear",
     "MaskedConv2d",
     "MaskedLinear",
     "MaskedSGD",
@@ -44,6 +55,7 @@ __all__ = [
     "available_backends",
     "backend_status",
     "build_info",
+    "compress",
     "count_active",
     "densify",
     "drop_regrow_",

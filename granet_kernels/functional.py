@@ -369,15 +369,22 @@ def _spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The input in the dtype that torch would compute in; the operator casts the weight itself."""
-    device_type = input.device.type
-    known = device_type != "meta"  # to torch.autocast
-    if known and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
-        return input.to(torch.get_autocast_dtype(device_type)), bias
+    if (dtype := autocast_dtype(input)) is not None:
+        return input.to(dtype), bias
     if input.dtype != weight.dtype:
         raise ValueError(
             f"input: expected {weight.dtype} as weight (or autocast), got {input.dtype}"
         )
     return input, bias
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast would cast the input of a layer to; None where it does not touch it."""
+    device_type = input.device.type
+    known = device_type != "meta"  # to torch.autocast
+    if known and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def _flag(dense_grad: Tensor | None, weight: Tensor) -> Tensor:

@@ -23,10 +23,11 @@ def a_model():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
 
 
-def test_readme():
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them saves a file
     blocks = code_blocks("README.md")
-    assert len(blocks) == 2
-    names = {"model": a_model(), "loader": a_loader(), "epochs": 4, "torch": torch}
+    assert len(blocks) == 3
+    names = {"model": a_model(), "loader": a_loader(), "epochs": 4, "build_model": a_model}
     for block in blocks:
         exec(block, names)
     layers = masked_layers(names["model"]).values()

@@ -1,10 +1,10 @@
 """The operators of namespace ``granet``: schemas, argument checks, fakes, and the backend registry.
 
-One file a family (mask, sgd, select, conv, linear), the same names as in ``backends/``. A call is
-checked whole before anything is written; then the registry says which backend computes it.
+One file a family (mask, sgd, select, conv, linear, compressed), the same names as in ``backends/``.
+A call is checked whole before anything is written; then the registry says which backend computes it.
 """
 
-from granet_kernels.ops import conv, linear, mask, registry, select, sgd
+from granet_kernels.ops import compressed, conv, linear, mask, registry, select, sgd
 from granet_kernels.ops.registry import (
     Backend,
     BackendUnavailableError,
@@ -39,6 +39,8 @@ OPERATORS = (
     "masked_conv2d_backward",
     "masked_linear",
     "masked_linear_backward",
+    "compressed_conv2d",
+    "compressed_linear",
 )
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "available_backends",
     "backend_for",
     "backend_status",
+    "compressed",
     "conv",
     "linear",
     "mask",

@@ -52,13 +52,25 @@ def check_masked_conv2d(
         )
     check_mask("mask", mask, weight, "weight")
     check_device("input", input, weight, "weight")
+    check_bias(bias, weight)
+    check_geometry(input, weight.shape, stride, padding, dilation, groups)
+
+
+def check_geometry(
+    input: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Whether the sizes fit one another."""
     if input.dim() != 4:
         fail("input", "4 dimensions (batch, channels, height, width)", describe(input))
-    if groups < 1 or weight.size(0) % groups:
-        fail("groups", f"a divisor of the {weight.size(0)} output channels", groups)
-    if input.size(1) != weight.size(1) * groups:
-        fail("input", f"{weight.size(1) * groups} channels", describe(input))
-    check_bias(bias, weight)
+    if groups < 1 or weight_shape[0] % groups:
+        fail("groups", f"a divisor of the {weight_shape[0]} output channels", groups)
+    if input.size(1) != weight_shape[1] * groups:
+        fail("input", f"{weight_shape[1] * groups} channels", describe(input))
     for name, values, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),
@@ -66,25 +78,25 @@ def check_masked_conv2d(
     ):
         if len(values) != 2 or min(values) < least:
             fail(name, f"two integers of at least {least}", list(values))
-    if min(output_size(input, weight, stride, padding, dilation)) < 1:
+    if min(output_size(input, weight_shape, stride, padding, dilation)[2:]) < 1:
         fail("input", "a padded image no smaller than the dilated kernel", describe(input))
 
 
 def output_size(
     input: Tensor,
-    weight: Tensor,
+    weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[int, int]:
-    """Height and width of the output."""
+) -> tuple[int, int, int, int]:
+    """The shape of the output."""
     height, width = (
-        (input.size(d + 2) + 2 * padding[d] - dilation[d] * (weight.size(d + 2) - 1) - 1)
+        (input.size(d + 2) + 2 * padding[d] - dilation[d] * (weight_shape[d + 2] - 1) - 1)
         // stride[d]
         + 1
         for d in range(2)
     )
-    return height, width
+    return input.size(0), weight_shape[0], height, width
 
 
 def fake_masked_conv2d(
@@ -99,7 +111,7 @@ def fake_masked_conv2d(
     *,
     algorithm: str = "auto",
 ) -> Tensor:
-    size = (input.size(0), weight.size(0), *output_size(input, weight, stride, padding, dilation))
+    size = output_size(input, weight.shape, stride, padding, dilation)
     return input.new_empty(size).contiguous(memory_format=conv_memory_format(input, weight))
 
 
@@ -131,7 +143,7 @@ def check_masked_conv2d_backward(
         input, weight, mask, bias, stride, padding, dilation, groups, algorithm=algorithm
     )
     check_flag("dense_grad", dense_grad, weight)
-    size = (input.size(0), weight.size(0), *output_size(input, weight, stride, padding, dilation))
+    size = output_size(input, weight.shape, stride, padding, dilation)
     check_grad_output(grad_output, size, input)
     check_needs(needs, bias)
 

@@ -24,7 +24,9 @@ from granet_kernels.ops import (
     use_backend,
 )
 from granet_kernels.ops.registry import operators_of, registered_backends
-from granet_kernels.selftest import inputs
+from granet_kernels.selftest import inputs, inputs_compressed
+
+GENERATORS = inputs.GENERATORS | inputs_compressed.GENERATORS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,7 +55,7 @@ class Case:
 
 def cases(operator: str) -> Iterator[Case]:
     """The cases of one operator, the same at every call."""
-    for label, args, kwargs, roundings in inputs.GENERATORS[operator]():
+    for label, args, kwargs, roundings in GENERATORS[operator]():
         yield Case(operator=operator, label=label, args=args, kwargs=kwargs, roundings=roundings)
 
 

@@ -4,6 +4,7 @@ Arguments have been checked by the operator. Where a rule exists (ties, NaN, sig
 tensors) it is visible in the code; the other backends are tested for equality with this one.
 """
 
+from granet_kernels.backends.reference.compressed import compressed_conv2d, compressed_linear
 from granet_kernels.backends.reference.conv import masked_conv2d, masked_conv2d_backward
 from granet_kernels.backends.reference.linear import masked_linear, masked_linear_backward
 from granet_kernels.backends.reference.mask import (
@@ -18,6 +19,8 @@ from granet_kernels.backends.reference.select import drop_regrow_, prune_, topk_
 from granet_kernels.backends.reference.sgd import masked_sgd_
 
 __all__ = [
+    "compressed_conv2d",
+    "compressed_linear",
     "count_active",
     "drop_regrow_",
     "mask_cast",

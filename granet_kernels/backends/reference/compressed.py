@@ -1,0 +1,62 @@
+"""Convolution and linear layer of a weight that is stored as its non-zeros, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from granet_kernels.backends.reference.mask import unpack_mask
+from granet_kernels.layout import conv_memory_format
+
+
+def compressed_conv2d(
+    input: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """conv2d(input, weight) + bias + residual, then ReLU; rounded once, to the dtype of the input."""
+    dtype = computed_in(input)
+    weight = decompress(values, mask, weight_shape).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    output = F.conv2d(input.to(dtype), weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        output = output + residual
+    output = (output.relu() if relu else output).to(input.dtype)
+    return output.contiguous(memory_format=conv_memory_format(input, input))
+
+
+def compressed_linear(
+    input: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """input @ weight.T + bias, then ReLU; rounded once, to the dtype of the input."""
+    dtype = computed_in(input)
+    weight = decompress(values, mask, weight_shape).to(dtype)
+    output = F.linear(input.to(dtype), weight, None if bias is None else bias.to(dtype))
+    return (output.relu() if relu else output).to(input.dtype)
+
+
+def decompress(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """The dense weight: the values, in row-major order, where the bit is 1, +0.0 elsewhere."""
+    active = unpack_mask(mask, torch.Size(shape).numel()).view(torch.Size(shape))
+    return values.new_zeros(torch.Size(shape)).masked_scatter(active, values)
+
+
+def computed_in(input: Tensor) -> torch.dtype:
+    """fp32, or fp64 for an fp64 input."""
+    return torch.promote_types(input.dtype, torch.float32)
