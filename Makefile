@@ -14,7 +14,14 @@ SEEDS ?= 0
 DEMO_DENSE  = $(BIN)/granet train --method dense
 DEMO_GRANET = $(BIN)/granet train --method granet --init-sparsity 0.5 --sparsity 0.9
 
-.PHONY: help setup demo say-demo test say-test lint format clean
+# What bench-cpu measures: all of bench/cpu, or a GROUP of step, selection, update, conv, linear, training, inference.
+# QUICK=1: a few cases and rounds of each, in two minutes instead of fifteen.
+GROUP ?=
+QUICK ?=
+BENCH_FILES = $(if $(GROUP),bench/cpu/test_$(GROUP).py,bench/cpu)
+BENCH_NAME  = $(if $(GROUP),cpu-$(GROUP),cpu)
+
+.PHONY: help setup demo say-demo test say-test lint format bench-cpu say-bench-cpu clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -23,6 +30,7 @@ help:
 	@echo "make test     check style and types, run all tests"
 	@echo "make lint     check style and types only"
 	@echo "make format   rewrite the sources in the project's style"
+	@echo "make bench-cpu  measure every kernel on the CPU against what it replaces: 15 minutes (QUICK=1: 2; GROUP=conv)"
 	@echo "make setup    create $(VENV) and install everything into it (the others do this by themselves)"
 	@echo "make clean    remove $(VENV), build products and caches; results in runs/ stay"
 
@@ -54,6 +62,13 @@ format: $(VENV)/installed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CXX_FILES)
+
+bench-cpu: say-bench-cpu $(VENV)/installed
+	@$(BIN)/python -m pytest $(BENCH_FILES) --benchmark-quiet -q --bench-name $(BENCH_NAME) \
+	  $(if $(QUICK),--quick --bench-out runs/bench-cpu)
+
+say-bench-cpu:
+	@echo "make bench-cpu: set up $(VENV) where it is missing; measure on one thread and on all, print a table, write a CSV."
 
 setup: $(VENV)/installed
 

@@ -44,7 +44,7 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory: contiguous, or a permutation of it."""
-    return tensor.permute(storage_order(tensor)).is_contiguous()
+    return tensor.is_contiguous() or tensor.permute(storage_order(tensor)).is_contiguous()
 
 
 def storage_view(tensor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def inverse_permutation(order: Sequence[int]) -> tuple[int, ...]:
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape keep their elements in the same order in memory."""
-    return storage_order(a) == storage_order(b)
+    return a.stride() == b.stride() or storage_order(a) == storage_order(b)
 
 
 def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,21 +125,21 @@ class MaskedSGD(torch.optim.SGD):
     def _step_group(self, group: dict[str, Any]) -> None:
         # With and without momentum apart: torch's fused update cannot start one beside another.
         plain: dict[bool, list[Tensor]] = defaultdict(list)
-        masked: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        masked: dict[tuple[Any, ...], list[_Masked]] = defaultdict(list)
         for param in group["params"]:
             if param.grad is None:
                 continue
-            if attached_mask(param) is None or group["differentiable"]:
-                plain[self.momentum_of(param) is None].append(param)
+            mask, buffer = attached_mask(param), self.momentum_of(param)
+            if mask is None or group["differentiable"]:
+                plain[buffer is None].append(param)
             else:
-                self._restore_invariant(param)
-                buffer = self.momentum_of(param)
+                self._restore_invariant(param, mask, buffer)
                 buffer_dtype = None if buffer is None else buffer.dtype
-                masked[param.device, param.dtype, buffer_dtype].append(param)
+                masked[param.device, param.dtype, buffer_dtype].append(_Masked(param, mask, buffer))
         for params in plain.values():
             self._step_plain(params, group)
-        for params in masked.values():
-            self._step_masked(params, group)
+        for weights in masked.values():
+            self._step_masked(weights, group)
 
     def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Torch's own update; of a masked weight only when it is to be differentiable."""
@@ -167,20 +167,22 @@ class MaskedSGD(torch.optim.SGD):
             for param, buffer in zip(params, momenta, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
 
-    def _step_masked(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        first = group["momentum"] != 0 and self.momentum_of(params[0]) is None
+    def _step_masked(self, weights: list[_Masked], group: dict[str, Any]) -> None:
+        params = [weight.param for weight in weights]
+        momenta = [weight.momentum for weight in weights] if group["momentum"] != 0 else []
+        first = bool(momenta) and momenta[0] is None
         if first:
-            for param in params:
-                dtype = group["momentum_dtype"] or param.dtype
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
-        momenta = [self.momentum_of(param) for param in params] if group["momentum"] != 0 else []
+            dtype = group["momentum_dtype"] or params[0].dtype
+            momenta = [torch.zeros_like(param, dtype=dtype) for param in params]
+            for param, buffer in zip(params, momenta, strict=True):
+                self.state[param]["momentum_buffer"] = buffer
         lr, weight_decay = group["lr"], group["weight_decay"]
         with torch.no_grad():
             _ops.masked_sgd_(
                 params,
                 [_strided_grad(param) for param in params],
                 momenta,
-                [attached_mask(param) for param in params],
+                [weight.mask for weight in weights],
                 lr=0.0 if isinstance(lr, Tensor) else lr,
                 momentum=group["momentum"],
                 dampening=group["dampening"],
@@ -193,16 +195,21 @@ class MaskedSGD(torch.optim.SGD):
                 found_inf=getattr(self, "found_inf", None),
             )
 
-    def _restore_invariant(self, param: Tensor) -> None:
+    def _restore_invariant(self, param: Tensor, mask: Tensor, buffer: Tensor | None) -> None:
         """Zero what became inactive behind our back: by hand, or by loading a mask or momentum."""
-        mask = attached_mask(param)
-        buffer = self.momentum_of(param)
-        assert mask is not None
         seen = (id(mask), mask._version, None if buffer is None else id(buffer))
         if self._mask_versions.get(param) != seen:
             states = [param] if buffer is None else [param, buffer]
             zero_inactive_(states, [mask] * len(states))
             self._mask_versions[param] = seen
+
+
+class _Masked(NamedTuple):
+    """A weight that the operator updates."""
+
+    param: Tensor
+    mask: Tensor
+    momentum: Tensor | None
 
 
 def _strided_grad(param: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from granet_kernels import (
     MaskedSGD,
     attach_mask,
     attached_mask,
+    available_backends,
     pack_mask,
     sparsify,
     use_backend,
@@ -35,10 +36,10 @@ MASKED = 4
 EXACT = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-@pytest.fixture(autouse=True)
-def reference():
-    """What torch.optim.SGD computes bit for bit; the other backends are held to it in test_sgd.py."""
-    with use_backend("reference"):
+@pytest.fixture(autouse=True, params=[b for b in available_backends() if b in ("reference", "cpp")])
+def backend(request):
+    """Both compute what torch.optim.SGD does, bit for bit."""
+    with use_backend(request.param):
         yield
 
 

@@ -31,9 +31,9 @@ inline Floats broadcast(float value) { return value - Floats{}; }  // value - 0 
 
 // a * b + c, rounded once where the target can, else twice.
 inline Floats fma(Floats a, Floats b, Floats c) {
-#if GRANET_VECTOR_BYTES == 64
+#if GRANET_AVX512
   return Floats(_mm512_fmadd_ps(a, b, c));
-#elif GRANET_VECTOR_BYTES == 32
+#elif GRANET_AVX2
   return Floats(_mm256_fmadd_ps(a, b, c));
 #else
   return a * b + c;

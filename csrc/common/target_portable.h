@@ -6,10 +6,11 @@
 #include <cstring>
 
 #define GRANET_ISA portable
-#define GRANET_VECTOR_BYTES 16
+#define GRANET_AVX2 0
+#define GRANET_AVX512 0
 
 namespace granet::cpu::portable {
 
-constexpr int64_t kVectorBytes = GRANET_VECTOR_BYTES;
+constexpr int64_t kVectorBytes = 16;
 
 }  // namespace granet::cpu::portable

@@ -92,9 +92,10 @@ def check_masked(name: str, tensors: Sequence[Tensor], masks: Sequence[Tensor]) 
     check_not_empty(name, tensors)
     check_lengths(**{name: tensors, "masks": masks})
     for i, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
-        check_written(f"{name}[{i}]", tensor)
-        check_device(f"{name}[{i}]", tensor, tensors[0], f"{name}[0]")
-        check_mask(f"masks[{i}]", mask, tensor, f"{name}[{i}]")
+        argument = f"{name}[{i}]"
+        check_written(argument, tensor)
+        check_device(argument, tensor, tensors[0], f"{name}[0]")
+        check_mask(f"masks[{i}]", mask, tensor, argument)
 
 
 def check_momenta(momenta: Sequence[Tensor], weights: Sequence[Tensor], weights_name: str) -> None:
@@ -132,10 +133,13 @@ def check_disjoint(reads: Sequence[Tensor] = (), **written: Sequence[Tensor]) ->
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte, and the one behind the last, of the memory that the elements lie in."""
-    if tensor.numel() == 0:
+    extent = tensor.numel()
+    if extent == 0:
         return 0, 0
-    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+    if not tensor.is_contiguous():
+        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + extent * tensor.element_size()
 
 
 def check_scalar(argument: str, tensor: Tensor, like: Tensor) -> None:

@@ -6,14 +6,25 @@ Importing this package loads the compiled library; the ImportError says why it c
 from granet_kernels.backends.cpp.conv import masked_conv2d, masked_conv2d_backward
 from granet_kernels.backends.cpp.library import load
 from granet_kernels.backends.cpp.linear import masked_linear, masked_linear_backward
-from granet_kernels.backends.cpp.mask import count_active, pack_mask, unpack_mask, zero_inactive_
+from granet_kernels.backends.cpp.mask import (
+    count_active,
+    mask_cast,
+    mask_grad,
+    pack_mask,
+    unpack_mask,
+    zero_inactive_,
+)
+from granet_kernels.backends.cpp.sgd import masked_sgd_
 
 __all__ = [
     "count_active",
+    "mask_cast",
+    "mask_grad",
     "masked_conv2d",
     "masked_conv2d_backward",
     "masked_linear",
     "masked_linear_backward",
+    "masked_sgd_",
     "pack_mask",
     "unpack_mask",
     "zero_inactive_",

@@ -19,7 +19,7 @@ from granet_kernels.backends.cpp.index import (
     active_weights,
     readable_in_place,
 )
-from granet_kernels.backends.reference.mask import mask_cast, mask_grad
+from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
 from granet_kernels.choices import note_choice
 from granet_kernels.layout import conv_memory_format
 

@@ -17,7 +17,7 @@ from granet_kernels.backends.cpp.conv import (
     sparse_weight_gradient,
 )
 from granet_kernels.backends.cpp.index import Access, Shape, active_weights
-from granet_kernels.backends.reference.mask import mask_cast, mask_grad
+from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
 
 
 def masked_linear(

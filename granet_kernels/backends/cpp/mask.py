@@ -1,4 +1,4 @@
-"""Operators on masks, computed by ``csrc/cpu/mask.cpp``; the caller has checked the arguments."""
+"""Operators on masks, computed by ``csrc/cpu/{mask,cast}.cpp``; the caller has checked the arguments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import cast
 
 import torch
 from torch import Tensor
+
+from granet_kernels.layout import aligned
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -29,3 +31,24 @@ def zero_inactive_(tensors: list[Tensor], masks: list[Tensor]) -> None:
     """Element i, in storage order, = +0.0 where bit i is 0; elements of 1, 2, 4 or 8 bytes."""
     if tensors:
         torch.ops.granet_cpp.zero_inactive_.default(tensors, masks)
+
+
+def mask_cast(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the weight in ``dtype`` and in its layout, +0.0 where the bit is 0."""
+    masked = torch.empty_like(weight, dtype=dtype)
+    torch.ops.granet_cpp.mask_cast_out.default(weight, mask, masked)
+    return masked
+
+
+def mask_grad(grad: Tensor, weight: Tensor, mask: Tensor, dense_grad: Tensor) -> Tensor:
+    """The gradient (any strides and floating dtype) in the weight's dtype and layout.
+
+    It is +0.0 where the bit is 0, unless ``dense_grad`` is true.
+    """
+    masked = torch.empty_like(weight)
+    if dense_grad:
+        return masked.copy_(grad)
+    if grad.stride() != weight.stride():
+        grad = aligned(grad, like=weight)
+    torch.ops.granet_cpp.mask_cast_out.default(grad, mask, masked)
+    return masked

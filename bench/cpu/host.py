@@ -1,0 +1,56 @@
+"""What the measurements ran on: the columns that every row of a run shares."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from bench.machine import slug, version_of
+
+
+def cpu_name() -> str:
+    """The processor's own name, or else the architecture's."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def folder_name() -> str:
+    """`cpu-amd-epyc`: where results of this machine are kept."""
+    return slug(f"cpu {cpu_name()}")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe(threads: int) -> dict[str, object]:
+    """Columns of the CSV; `threads` is what a run on all cores uses.
+
+    `load_before` is how many processes wanted a core in the minute before: much above 0, and the
+    figures are those of a shared machine.
+    """
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "all_threads": threads,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "isa_limit": os.environ.get("GRANET_CPU_CAPABILITY", ""),
+        "torch": str(torch.__version__),
+        "numpy": version_of("numpy"),
+        "sparseprop": version_of("sparseprop"),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }

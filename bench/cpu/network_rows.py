@@ -1,0 +1,77 @@
+"""The race of a network's variants, and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from bench.cpu import networks, peak, verdict
+from bench.cpu.networks import MASKS, SPARSIFIED, Network, Task
+from bench.cpu.race import Race
+from bench.cpu.rows import Row
+from bench.cpu.targets import DENSE, Target
+
+# Where peak memory is measured, in processes of their own: it hardly depends on the sparsity.
+PEAK_AT = ("uniform", 0.9)
+
+
+def measure(
+    network: Network,
+    task: Task,
+    *,
+    sparsities: Sequence[float],
+    threads: int,
+    race: Callable[..., Race],
+    seconds: float,
+    least: int,
+    with_peak: bool,
+    targets: Mapping[float, Target],
+) -> list[Row]:
+    """Rows for uniform and ERK masks; `targets` are for the uniform ones."""
+    formats = {
+        name: networks.faster_format(network, task, threads, name)
+        for name in networks.our_names(task)
+    }
+    entered = networks.contenders(network, task, sparsities, formats)
+    done = race(entered, seconds, least)
+    rows = []
+    for masks in MASKS:
+        for sparsity in sparsities:
+            for name in formats:
+                ours = networks.role(name, sparsity, masks)
+                row = verdict.row(
+                    done,
+                    group=task.partition(" ")[0],
+                    case=str(network),
+                    measure=task,
+                    threads=threads,
+                    sparsity=sparsity,
+                    masks=masks,
+                    baseline=DENSE,
+                    ours=ours,
+                    label=f"{name}, MaskedSGD" if task == "training step" else name,
+                    operator="masked_conv2d" if name == SPARSIFIED else "compressed_conv2d",
+                    target=targets.get(sparsity) if masks == "uniform" else None,
+                    images=network.batch,
+                )
+                assert row is not None
+                if with_peak and (masks, sparsity) == PEAK_AT:
+                    row = _with_peak(row, network, task, formats[name], threads, name)
+                rows.append(row)
+    return rows
+
+
+def _with_peak(
+    row: Row,
+    network: Network,
+    task: Task,
+    memory_format: str,
+    threads: int,
+    name: str,
+) -> Row:
+    dense_format = row.baseline_variant.partition(",")[0] or memory_format
+    return replace(
+        row,
+        baseline_peak_mib=peak.measure(network, task, dense_format, threads),
+        ours_peak_mib=peak.measure(network, task, memory_format, threads, name, str(row.sparsity)),
+    )

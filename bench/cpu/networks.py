@@ -1,0 +1,179 @@
+"""Whole networks, dense and sparse, as contenders for inference and for training steps."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+import granet_kernels
+from bench.cpu.layers import FORMATS
+from bench.cpu.race import Contender, Run, whole
+from bench.cpu.targets import DENSE
+from granet.distributions import layer_budgets
+from granet.models import create_model
+from granet_kernels import MaskedSGD, masked_layers, sparsify
+
+Task = Literal["inference", "training step"]
+SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+MASKS = ("uniform", "erk")
+SPARSIFIED, COMPRESSED = "sparsify", "compress"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network by granet's name for it, and the images it gets."""
+
+    title: str
+    name: str
+    classes: int
+    side: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.title}, {self.side}x{self.side}, batch {self.batch}"
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        return create_model(self.name, num_classes=self.classes)
+
+    def data(self, memory_format: str) -> tuple[Tensor, Tensor]:
+        """Images in a memory format, and labels; the same for every contender."""
+        g = torch.Generator().manual_seed(1)
+        images = torch.randn(self.batch, 3, self.side, self.side, generator=g)
+        labels = torch.randint(self.classes, (self.batch,), generator=g)
+        return images.contiguous(memory_format=FORMATS[memory_format]), labels
+
+
+RESNET18 = Network("ResNet-18", "resnet18_cifar", 10, 32, 64)
+RESNET50 = Network("ResNet-50", "resnet50", 1000, 224, 16)
+RESNET50_ALONE = Network("ResNet-50", "resnet50", 1000, 224, 1)
+QUICK_RESNET18 = Network("ResNet-18", "resnet18_cifar", 10, 32, 8)
+
+
+def sparse_model(network: Network, sparsity: float, masks: str) -> nn.Module:
+    """Random masks. Uniform ones leave the stem and the classifier dense, as is usual with them (and
+    as SparseProp's figures were taken); ERK has every layer, and decides by itself what is dense.
+    """
+    dense_ends = ("conv1", "fc") if masks == "uniform" else ()
+    model = sparsify(network.build(), exclude=dense_ends)
+    layers = list(masked_layers(model).values())
+    shapes = [tuple(layer.weight.shape) for layer in layers]
+    g = torch.Generator().manual_seed(2)
+    for layer, budget in zip(layers, layer_budgets(shapes, sparsity, masks), strict=True):
+        share = budget / math.prod(layer.weight.shape)
+        layer.mask = torch.rand(layer.weight.shape, generator=g) < share  # type: ignore[assignment]
+    return model
+
+
+def role(name: str, sparsity: float, masks: str) -> str:
+    return f"{name}, {masks} {sparsity:g}"
+
+
+def our_names(task: Task) -> tuple[str, ...]:
+    """The ways in which a network of ours does the task."""
+    has_compress = hasattr(granet_kernels, COMPRESSED)
+    return (SPARSIFIED, COMPRESSED) if task == "inference" and has_compress else (SPARSIFIED,)
+
+
+def contenders(
+    network: Network, task: Task, sparsities: Sequence[float], formats: Mapping[str, str]
+) -> list[Contender]:
+    """Dense in all its variants, and every sparse model; `formats` has one for each of our names."""
+    prepare = _inference if task == "inference" else _training
+    dense: dict[str, Callable[[], Run]] = {
+        name: functools.partial(_dense, network, prepare, name, False) for name in FORMATS
+    }
+    if task == "inference":
+        dense |= {
+            f"{name}, norms folded": functools.partial(_dense, network, prepare, name, True)
+            for name in FORMATS
+        }
+    entered = [Contender(role=DENSE, variant=v, build=build) for v, build in dense.items()]
+    for masks in MASKS:
+        for sparsity in sparsities:
+            entered += [
+                Contender(
+                    role=role(name, sparsity, masks),
+                    variant=memory_format,
+                    build=functools.partial(
+                        sparse_run, network, task, sparsity, masks, memory_format, name
+                    ),
+                )
+                for name, memory_format in formats.items()
+            ]
+    return entered
+
+
+@functools.cache
+def faster_format(network: Network, task: Task, threads: int, name: str) -> str:
+    """The memory format in which the sparse network is faster, tried at 90 %."""
+    seconds = {}
+    for memory_format in FORMATS:
+        run = sparse_run(network, task, 0.9, "uniform", memory_format, name)
+        run()
+        seconds[memory_format] = min(sum(run().values()) for _ in range(1 + (network.batch == 1)))
+    return min(seconds, key=seconds.__getitem__)
+
+
+def sparse_run(
+    network: Network, task: Task, sparsity: float, masks: str, memory_format: str, name: str
+) -> Run:
+    """One of ours, ready to run."""
+    model = sparse_model(network, sparsity, masks)
+    if name == COMPRESSED:
+        model = granet_kernels.compress(model.eval())
+    if task == "inference":
+        return _inference(network, model, memory_format)
+    return _training(network, model, memory_format, MaskedSGD)
+
+
+Prepare = Callable[[Network, nn.Module, str], Run]
+
+
+def _dense(network: Network, prepare: Prepare, memory_format: str, folded: bool) -> Run:
+    model = network.build()
+    return prepare(network, fuse(model.eval()) if folded else model, memory_format)
+
+
+def dense_run(network: Network, task: Task, memory_format: str) -> Run:
+    """The dense network, ready to run."""
+    prepare = _inference if task == "inference" else _training
+    return _dense(network, prepare, memory_format, False)
+
+
+def _inference(network: Network, model: nn.Module, memory_format: str) -> Run:
+    model = model.eval().to(memory_format=FORMATS[memory_format])
+    images, _ = network.data(memory_format)
+
+    def call() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    return whole("inference", call)
+
+
+def _training(
+    network: Network,
+    model: nn.Module,
+    memory_format: str,
+    optimizer_type: type[torch.optim.SGD] | None = None,
+) -> Run:
+    """Forward, backward, optimizer step: torch's fused one unless it is ours."""
+    model = model.train().to(memory_format=FORMATS[memory_format])
+    images, labels = network.data(memory_format)
+    optimizer = (optimizer_type or torch.optim.SGD)(model.parameters(), fused=True, **SGD)
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return whole("training step", step)

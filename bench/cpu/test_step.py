@@ -1,0 +1,104 @@
+"""MaskedSGD's step on ResNet-50's weights, against torch's fused one and other ways to mask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.cpu import verdict
+from bench.cpu.race import Contender, Run, whole
+from bench.cpu.targets import STEP
+from bench.cpu.tensors import Tensors, make_tensors
+from bench.published import PublishedMasking
+from granet_kernels import MaskedSGD
+
+SECONDS = 4.0
+MEASURE = "step"
+LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
+OPTIONS = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+
+FUSED, PUBLISHED, COMPILED = "torch SGD fused", "published masking", "torch.compile, float mask"
+OURS = "MaskedSGD"
+
+
+def pytest_generate_tests(metafunc):
+    quick = metafunc.config.getoption("--quick")
+    metafunc.parametrize("sparsity", (0.0, 0.9) if quick else tuple(STEP))
+
+
+def fused(tensors: Tensors) -> Run:
+    return whole(
+        MEASURE, torch.optim.SGD(tensors.parameters(masked=False), fused=True, **OPTIONS).step
+    )
+
+
+def published(tensors: Tensors) -> Run:
+    """Torch's fused step, then the released code's masking."""
+    params = tensors.parameters(masked=False)
+    optimizer = torch.optim.SGD(params, fused=True, **OPTIONS)
+    masking = PublishedMasking(params, optimizer, tensors.masks)
+
+    def step() -> None:
+        optimizer.step()
+        masking.apply_masks()
+
+    return whole(MEASURE, step)
+
+
+def masked_step(weight: Tensor, grad: Tensor, momentum: Tensor, mask: Tensor) -> None:
+    """What a compiler is given to fuse into one pass."""
+    momentum.mul_(MOMENTUM).add_(grad).add_(weight, alpha=WEIGHT_DECAY).mul_(mask)
+    weight.add_(momentum, alpha=-LR).mul_(mask)
+
+
+_compiled = torch.compile(masked_step, fullgraph=True, dynamic=False)
+
+
+def compiled(tensors: Tensors) -> Run:
+    """All weights as one flat tensor: the strongest form, compiled to a single loop."""
+    weight = torch.cat([weight.flatten() for weight in tensors.weights])
+    grad = torch.cat([grad.flatten() for grad in tensors.grads])
+    mask = torch.cat([mask.flatten() for mask in tensors.masks]).float()
+    momentum = torch.zeros_like(weight)
+    return whole(MEASURE, lambda: _compiled(weight, grad, momentum, mask))
+
+
+def ours(tensors: Tensors) -> Run:
+    return whole(MEASURE, MaskedSGD(tensors.parameters(masked=True), **OPTIONS).step)
+
+
+def _contender(role: str, build: Callable[[Tensors], Run], tensors: Tensors) -> Contender:
+    return Contender(role=role, variant="", build=lambda: build(tensors))
+
+
+def test_step(sparsity, threads, effort, race, ledger):
+    dense = make_tensors(0.0)
+    tensors = make_tensors(sparsity)
+    contenders = [
+        _contender(FUSED, fused, dense),
+        _contender(OURS, ours, tensors),
+        _contender(PUBLISHED, published, tensors),
+    ]
+    if not effort.quick:  # compiling takes longer than all the rest
+        contenders.append(_contender(COMPILED, compiled, tensors))
+    done = race(contenders, SECONDS)
+    for baseline in (FUSED, PUBLISHED, COMPILED):
+        row = verdict.row(
+            done,
+            group="step",
+            case=f"ResNet-50's {len(tensors.weights)} weights, {tensors.numel / 1e6:.1f} M",
+            measure=MEASURE,
+            threads=threads,
+            sparsity=sparsity,
+            baseline=baseline,
+            ours=OURS,
+            operator="masked_sgd_",
+            cost=baseline == FUSED,
+            target=STEP[sparsity] if baseline == FUSED else None,
+        )
+        ledger += [row] if row else []
+    if reason := done.failure(OURS):
+        pytest.fail(reason)

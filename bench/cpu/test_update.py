@@ -1,0 +1,87 @@
+"""A whole update (prune, drop, regrow) of ResNet-50's weights, against the published procedure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.cpu import verdict
+from bench.cpu.race import Contender, Run, whole
+from bench.cpu.targets import UPDATE
+from bench.cpu.tensors import Tensors, make_tensors
+from bench.published import Edition, PublishedMasking
+from granet_kernels import drop_regrow_, prune_
+
+SECONDS = 8.0
+MEASURE = "update"
+# One update in the middle of a ramp: from here to there, with the paper's drop fraction.
+SPARSITY_BEFORE, SPARSITY_AFTER, DROP_FRACTION = 0.85, 0.9, 0.5
+PUBLISHED, OURS = "published update", "prune_ + drop_regrow_"
+EDITIONS: tuple[Edition, ...] = ("cifar", "imagenet")
+
+
+def published(tensors: Tensors, edition: Edition) -> Run:
+    """As released: float masks, sorts, a wait for every count."""
+    params = tensors.parameters(masked=False)
+    optimizer = torch.optim.SGD(params, lr=0.0, momentum=0.9, fused=True)
+    optimizer.step()
+    masking = PublishedMasking(params, optimizer, tensors.masks, edition=edition)
+    floats = [mask.float() for mask in tensors.masks]
+
+    def reset() -> None:
+        masking.masks = [mask.clone() for mask in floats]
+        for param, weight, grad in zip(params, tensors.weights, tensors.grads, strict=True):
+            param.data.copy_(weight)
+            optimizer.state[param]["momentum_buffer"].copy_(grad)
+
+    return whole(MEASURE, lambda: masking.update(SPARSITY_AFTER, DROP_FRACTION), reset)
+
+
+def ours(tensors: Tensors) -> Run:
+    """The two operators that an engine's update calls, on weights and momentum."""
+    weights = [weight.clone() for weight in tensors.weights]
+    momenta = [grad.clone() for grad in tensors.grads]
+    saved = tensors.packed()
+    masks = [mask.clone() for mask in saved]
+    k = round(tensors.numel * (1 - SPARSITY_AFTER))
+
+    def reset() -> None:
+        torch._foreach_copy_(masks, saved)
+        torch._foreach_copy_(weights, tensors.weights)
+        torch._foreach_copy_(momenta, tensors.grads)
+
+    def update() -> None:
+        prune_(weights, masks, k, momenta=momenta)
+        drop_regrow_(weights, masks, tensors.grads, DROP_FRACTION, momenta=momenta)
+
+    return whole(MEASURE, update, reset)
+
+
+def test_update(threads, effort, race, ledger):
+    tensors = make_tensors(SPARSITY_BEFORE, quick=effort.quick)
+    contenders = [Contender(role=OURS, variant="", build=lambda: ours(tensors))]
+    contenders += [
+        Contender(
+            role=f"{PUBLISHED}, {edition}",
+            variant="",
+            build=lambda edition=edition: published(tensors, edition),
+        )
+        for edition in EDITIONS
+    ]
+    done = race(contenders, SECONDS, least=1)
+    for edition in EDITIONS:
+        row = verdict.row(
+            done,
+            group="update",
+            case=f"{SPARSITY_BEFORE:.0%} to {SPARSITY_AFTER:.0%} of {tensors.numel / 1e6:.1f} M",
+            measure=MEASURE,
+            threads=threads,
+            sparsity=SPARSITY_AFTER,
+            baseline=f"{PUBLISHED}, {edition}",
+            ours=OURS,
+            operator="drop_regrow_",
+            target=None if effort.quick else UPDATE,
+        )
+        ledger += [row] if row else []
+    if reason := done.failure(OURS):
+        pytest.fail(reason)

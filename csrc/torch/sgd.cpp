@@ -1,0 +1,66 @@
+// The optimizer step, namespace granet_cpp: an adaptor from tensors to cpu/sgd.h.
+//
+// Gradients have the memory layout of their parameters, which the caller sees to; what is checked here is what keeps a
+// direct call from reading or writing out of bounds.
+#include <vector>
+
+#include "cpu/sgd.h"
+#include "torch/checks.h"
+#include "torch/parallel.h"
+
+namespace granet {
+namespace {
+
+void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
+                 std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
+                 double grad_scale, bool nesterov, bool maximize, bool first) {
+  const bool has_momentum = momentum != 0;
+  STD_TORCH_CHECK(!params.empty(), "params: expected at least one tensor, got none");
+  STD_TORCH_CHECK(grads.size() == params.size() && masks.size() == params.size() &&
+                      (!has_momentum || momenta.size() == params.size()),
+                  "grads, masks, momenta: expected one for each of the ", params.size(), " params");
+  const ScalarType dtype = params[0].scalar_type();
+  const ScalarType momentum_dtype = has_momentum ? momenta[0].scalar_type() : dtype;
+  std::vector<cpu::SgdTensor> tensors(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t numel = params[i].numel();
+    check_dense(params[i], numel, element("params", i));
+    check_dense(grads[i], numel, element("grads", i));
+    check_packed(masks[i], numel, element("masks", i));
+    STD_TORCH_CHECK(params[i].scalar_type() == dtype && grads[i].scalar_type() == dtype, element("params", i),
+                    ": expected the dtype of params[0], and its gradient's");
+    tensors[i] = {.param = params[i].mutable_data_ptr(),
+                  .grad = grads[i].const_data_ptr(),
+                  .momentum = nullptr,
+                  .mask = static_cast<const uint8_t*>(masks[i].const_data_ptr()),
+                  .numel = numel};
+    if (!has_momentum) continue;
+    check_dense(momenta[i], numel, element("momenta", i));
+    STD_TORCH_CHECK(momenta[i].scalar_type() == momentum_dtype, element("momenta", i),
+                    ": expected the dtype of momenta[0]");
+    tensors[i].momentum = momenta[i].mutable_data_ptr();
+  }
+  const cpu::SgdOptions options = {.lr = lr,
+                                   .momentum = momentum,
+                                   .dampening = dampening,
+                                   .weight_decay = weight_decay,
+                                   .grad_scale = grad_scale,
+                                   .nesterov = nesterov,
+                                   .maximize = maximize,
+                                   .first = first};
+  cpu::masked_sgd(tensors, floating_dtype(dtype, "params[0]"), floating_dtype(momentum_dtype, "momenta[0]"), options,
+                  TorchThreads());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
+  m.def(
+      "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
+      "float momentum, float dampening, float weight_decay, float grad_scale, bool nesterov, bool maximize, "
+      "bool first) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) { m.impl("masked_sgd_", TORCH_BOX(&masked_sgd_)); }
+
+}  // namespace granet
