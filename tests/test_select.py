@@ -284,3 +284,112 @@ def test_operators_refuse_empty_lists():
 def test_empty_lists():
     prune_([], [], 0)
     drop_regrow_([], [], [], 0.5)
+
+
+MANY = 3 * 32_768 + 5  # above 16 384 the C++ backend guesses from a sample, and goes on in chunks
+SHAPES_OF_VALUES = {
+    "normal": lambda g: torch.randn(MANY, generator=g),
+    "equal": lambda g: torch.full((MANY,), -0.5),
+    "mostly-zeros": lambda g: (
+        torch.randn(MANY, generator=g) * (torch.rand(MANY, generator=g) < 0.1)
+    ),
+    "shared-exponent": lambda g: 1 + torch.rand(MANY, generator=g),
+    "subnormal": lambda g: torch.randn(MANY, generator=g) * 1e-41,
+    "sorted": lambda g: torch.arange(MANY) * 1e-3,
+    "two-steps": lambda g: (
+        1.0 + (torch.arange(MANY) < MANY // 5) + torch.rand(MANY, generator=g) * 1e-6
+    ),
+    "nan": lambda g: torch.where(
+        torch.rand(MANY, generator=g) < 0.3, NAN, torch.randn(MANY, generator=g)
+    ),
+    # What decides lies between the places that a sample looks at.
+    "hidden": lambda g: (
+        torch.where(torch.arange(MANY) % 4096 < 3000, 1.0, 1e-4) * torch.rand(MANY, generator=g)
+    ),
+}
+
+
+def same_as_reference(backend, operator, *args):
+    """Run on copies, by the backend and by the reference; what is written must be the same, bit for bit."""
+
+    def run(name):
+        copies = [
+            [t.clone() for t in arg] if isinstance(arg, list) else arg.clone() for arg in args
+        ]
+        with use_backend(name):
+            result = operator(*copies)
+        return [
+            t for arg in [*copies, result or []] for t in (arg if isinstance(arg, list) else [arg])
+        ]
+
+    for ours, wanted in zip(run(backend), run("reference"), strict=True):
+        assert ours.dtype == wanted.dtype
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
+        if ours.is_floating_point():
+            assert torch.equal(ours.signbit(), wanted.signbit())
+
+
+@pytest.mark.parametrize("values", SHAPES_OF_VALUES)
+@pytest.mark.parametrize("others", [(), (torch.bfloat16,), (torch.float64, torch.float16)], ids=str)
+def test_many_elements(backend, values, others):
+    """The counts are those at which a guess, or a tie, is most easily taken for what it is not."""
+    if backend == "reference":
+        pytest.skip("compares with it")
+    g = torch.Generator().manual_seed(0)
+    weights = [SHAPES_OF_VALUES[values](g)]
+    weights += [weights[0].roll(11)[: MANY // 2].to(dtype) for dtype in others]
+    masks = [pack_mask(torch.rand(w.numel(), generator=g) < 0.6) for w in weights]
+    momenta = [torch.randn(w.numel(), generator=g) for w in weights]
+    scores = [torch.randn(w.numel(), generator=g).round(decimals=1) for w in weights]
+    total = sum(w.numel() for w in weights)
+    ops = torch.ops.granet
+    for k in (1, total // 5, int((weights[0] != 0).sum())):
+        same_as_reference(backend, ops.topk_mask, weights, torch.tensor([k]))
+        same_as_reference(backend, ops.prune_, weights, masks, torch.tensor([k // 2]), momenta)
+    each = torch.tensor([w.numel() // 4 for w in weights])
+    same_as_reference(backend, ops.prune_, weights, masks, each, momenta)
+    for fraction in (0.3, 1.0):
+        p = torch.tensor(fraction, dtype=torch.float64)
+        same_as_reference(backend, ops.drop_regrow_, weights, masks, scores, p, momenta)
+        same_as_reference(backend, ops.drop_regrow_, weights, masks, weights, p, [])
+
+
+def test_results_do_not_depend_on_threads():
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, generator=g).round(decimals=2) for n in (300_000, 7, 150_001)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            state = [w.clone() for w in weights]
+            masks = [full_mask(w.numel()) for w in state]
+            prune_(state, masks, 90_000)
+            drop_regrow_(state, masks, [w.flip(0) for w in weights], 0.3)
+            results.append([*state, *masks])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda g: torch.randn(2 * MANY, generator=g)[::2],
+        lambda g: torch.randn(1, generator=g).expand(MANY),
+        lambda g: torch.randn(MANY, generator=g, dtype=torch.float64),
+    ],
+    ids=["every other", "one for all", "of another dtype"],
+)
+def test_scores_of_any_strides_and_dtype(backend, scores):
+    g = torch.Generator().manual_seed(0)
+    weights, p = [torch.randn(MANY, generator=g)], torch.tensor(0.5, dtype=torch.float64)
+    masks = [pack_mask(torch.rand(MANY, generator=g) < 0.2)]
+    score = scores(g)
+    results = []
+    for name in (backend, "reference"):
+        copies = [w.clone() for w in weights], [m.clone() for m in masks]
+        with use_backend(name):
+            torch.ops.granet.drop_regrow_(*copies, [score], p, [])
+        results.append([*copies[0], *copies[1]])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -23,12 +23,15 @@ const char* isa_name(Isa isa);
 
 // The one of three functions (or tables of them) that isa() calls for.
 template <typename Choice>
-Choice for_isa(Choice portable, [[maybe_unused]] Choice avx2, [[maybe_unused]] Choice avx512) {
-#if GRANET_X86
-  if (isa() == Isa::kAvx512) return avx512;
-  if (isa() == Isa::kAvx2) return avx2;
-#endif
-  return portable;
+Choice for_isa(Choice portable, Choice avx2, Choice avx512) {
+  return isa() == Isa::kAvx512 ? avx512 : isa() == Isa::kAvx2 ? avx2 : portable;
 }
+
+// The same where two of them exist on x86 alone.
+#if GRANET_X86
+#define GRANET_FOR_ISA(portable, avx2, avx512) ::granet::for_isa(portable, avx2, avx512)
+#else
+#define GRANET_FOR_ISA(portable, avx2, avx512) (portable)
+#endif
 
 }  // namespace granet

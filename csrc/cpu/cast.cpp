@@ -21,11 +21,8 @@ CastKernel cast_kernel(Dtype from, Dtype to);
 namespace {
 
 CastKernel cast_kernel(Dtype from, Dtype to) {
-#if GRANET_X86  // eight lanes fill an AVX2 register, and memory is the bound: AVX-512 would add nothing
-  return for_isa(portable::cast_kernel, avx2::cast_kernel, avx2::cast_kernel)(from, to);
-#else
-  return portable::cast_kernel(from, to);
-#endif
+  // eight lanes fill an AVX2 register, and memory is the bound: AVX-512 would add nothing
+  return GRANET_FOR_ISA(portable::cast_kernel, avx2::cast_kernel, avx2::cast_kernel)(from, to);
 }
 
 }  // namespace

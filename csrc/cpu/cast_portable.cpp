@@ -1,5 +1,5 @@
 #include "common/target_portable.h"
-//
+
 #include "cpu/cast_kernel.h"
 
 namespace granet::cpu::portable {

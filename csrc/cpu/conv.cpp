@@ -10,20 +10,10 @@
 
 namespace granet::cpu {
 
-extern const StencilKernels kStencilKernels_portable;
-#if GRANET_X86
-extern const StencilKernels kStencilKernels_avx2;
-extern const StencilKernels kStencilKernels_avx512;
-#endif
-
 namespace {
 
 const StencilKernels& kernels() {
-#if GRANET_X86
-  return *for_isa(&kStencilKernels_portable, &kStencilKernels_avx2, &kStencilKernels_avx512);
-#else
-  return kStencilKernels_portable;
-#endif
+  return *GRANET_FOR_ISA(&stencil_kernels_portable, &stencil_kernels_avx2, &stencil_kernels_avx512);
 }
 
 // Memory that a thread keeps from one call to the next: fresh pages cost as much as what is computed in them.

@@ -35,11 +35,7 @@ constexpr int64_t kScattered = 20;
 constexpr int64_t kStride = 17;
 
 SgdKernel sgd_kernel(Dtype param, Dtype momentum) {
-#if GRANET_X86
-  return for_isa(portable::sgd_kernel, avx2::sgd_kernel, avx512::sgd_kernel)(param, momentum);
-#else
-  return portable::sgd_kernel(param, momentum);
-#endif
+  return GRANET_FOR_ISA(portable::sgd_kernel, avx2::sgd_kernel, avx512::sgd_kernel)(param, momentum);
 }
 
 // Row b: the places of the ones of b, in order.

@@ -2,7 +2,7 @@
 
 #if GRANET_X86
 #include "common/target_avx2.h"
-//
+
 #include "cpu/sgd_kernel.h"
 
 namespace granet::cpu::avx2 {
@@ -10,4 +10,7 @@ namespace granet::cpu::avx2 {
 SgdKernel sgd_kernel(Dtype param, Dtype momentum) { return sgd_kernel_of_pair(param, momentum); }
 
 }  // namespace granet::cpu::avx2
+
+#include "common/target_end.h"
+
 #endif

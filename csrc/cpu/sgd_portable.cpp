@@ -1,5 +1,5 @@
 #include "common/target_portable.h"
-//
+
 #include "cpu/sgd_kernel.h"
 
 namespace granet::cpu::portable {

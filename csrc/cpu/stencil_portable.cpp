@@ -4,7 +4,6 @@
 
 namespace granet::cpu {
 
-extern const StencilKernels kStencilKernels_portable;
-const StencilKernels kStencilKernels_portable = portable::kStencilKernels;
+const StencilKernels stencil_kernels_portable = portable::kStencilKernels;
 
 }  // namespace granet::cpu

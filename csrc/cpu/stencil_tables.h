@@ -65,5 +65,8 @@ struct StencilKernels {
   void (*sum_tile[kMostVectors + 1])(const SumTile&);
   void (*correlate_tile[kMostVectors + 1])(const CorrelateTile&);
 };
+extern const StencilKernels stencil_kernels_portable;
+extern const StencilKernels stencil_kernels_avx2;
+extern const StencilKernels stencil_kernels_avx512;
 
 }  // namespace granet::cpu

@@ -14,10 +14,12 @@ from granet_kernels.backends.cpp.mask import (
     unpack_mask,
     zero_inactive_,
 )
+from granet_kernels.backends.cpp.select import drop_regrow_, prune_, topk_mask
 from granet_kernels.backends.cpp.sgd import masked_sgd_
 
 __all__ = [
     "count_active",
+    "drop_regrow_",
     "mask_cast",
     "mask_grad",
     "masked_conv2d",
@@ -26,6 +28,8 @@ __all__ = [
     "masked_linear_backward",
     "masked_sgd_",
     "pack_mask",
+    "prune_",
+    "topk_mask",
     "unpack_mask",
     "zero_inactive_",
 ]

@@ -1,0 +1,162 @@
+#include "cpu/select.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "common/bits.h"
+#include "common/isa.h"
+#include "cpu/mask.h"
+#include "cpu/select_choose.h"
+#include "cpu/select_table.h"
+
+namespace granet::cpu {
+namespace {
+
+const SelectTable& table() { return *GRANET_FOR_ISA(&select_portable, &select_avx2, &select_avx512); }
+
+// Packed masks for a list of tensors, in one allocation, not initialised.
+template <typename Tensor>
+class Masks {
+ public:
+  explicit Masks(std::span<const Tensor> tensors) {
+    int64_t bytes = 0;
+    for (const Tensor& tensor : tensors) {
+      offsets_.push_back(bytes);
+      bytes += packed_bytes(tensor.numel);
+    }
+    bits_ = std::make_unique_for_overwrite<uint8_t[]>(static_cast<size_t>(bytes));
+  }
+  uint8_t* operator[](int64_t i) const { return bits_.get() + offsets_[static_cast<size_t>(i)]; }
+
+ private:
+  std::vector<int64_t> offsets_;
+  std::unique_ptr<uint8_t[]> bits_;
+};
+
+int64_t active_in(const uint8_t* mask, int64_t first, int64_t count) {
+  const uint8_t* bytes = mask + first / kWeightsPerByte;
+  const int64_t whole = count / kWeightsPerByte;
+  const int64_t rest = count % kWeightsPerByte;
+  const int tail = rest == 0 ? 0 : std::popcount(static_cast<unsigned>(bytes[whole] & ((1 << rest) - 1)));
+  return count_active(bytes, whole) + tail;
+}
+
+// The active weights of each tensor.
+std::vector<int64_t> active_counts(std::span<const MaskedWeight> weights, const Parallel& parallel) {
+  constexpr int64_t kSlice = 64 * kChunk;  // 256 KiB of mask: some 10 microseconds
+  struct Task {
+    size_t tensor;
+    int64_t first;
+  };
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    for (int64_t first = 0; first < weights[i].numel; first += kSlice) tasks.push_back({i, first});
+  }
+  std::vector<std::atomic<int64_t>> counts(weights.size());
+  parallel.for_each(std::ssize(tasks), [&](int64_t t) {
+    const auto [tensor, first] = tasks[static_cast<size_t>(t)];
+    const MaskedWeight& weight = weights[tensor];
+    counts[tensor] += active_in(weight.mask, first, std::min(kSlice, weight.numel - first));
+  });
+  return {counts.begin(), counts.end()};
+}
+
+// One group of all parts, or one for each, as there are elements in k.
+std::vector<Group> make_groups(std::span<const int64_t> k, std::span<const int64_t> eligible) {
+  std::vector<Group> groups;
+  if (k.size() == eligible.size()) {
+    for (int64_t i = 0; i < std::ssize(k); ++i) {
+      groups.push_back({i, i + 1, eligible[static_cast<size_t>(i)], k[static_cast<size_t>(i)]});
+    }
+  } else {
+    int64_t total = 0;
+    for (const int64_t count : eligible) total += count;
+    groups.push_back({0, std::ssize(eligible), total, k[0]});
+  }
+  return groups;
+}
+
+// The mask's bytes of elements [first, first + count), padding included at the end of the tensor.
+int64_t bytes_of(int64_t numel, int64_t first, int64_t count) {
+  return (first + count == numel ? packed_bytes(numel) : (first + count) / kWeightsPerByte) - first / kWeightsPerByte;
+}
+
+size_t item_size_log2(FloatType type) { return type == FloatType::kFloat64 ? 3 : type == FloatType::kFloat32 ? 2 : 1; }
+
+void zero_inactive(const MaskedWeight& weight, int64_t first, int64_t count, const uint8_t* keep) {
+  table().zero[item_size_log2(weight.type)](weight.data, first, count, keep);
+  if (weight.momentum != nullptr)
+    table().zero[item_size_log2(weight.momentum_type)](weight.momentum, first, count, keep);
+}
+
+}  // namespace
+
+void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, const Parallel& parallel) {
+  const std::vector<int64_t> active = active_counts(weights, parallel);
+  const Masks kept(weights);
+  std::vector<Part> parts;
+  for (int64_t i = 0; i < std::ssize(weights); ++i) {
+    const MaskedWeight& weight = weights[static_cast<size_t>(i)];
+    parts.push_back({weight.data, weight.type, weight.numel, weight.mask, false, kept[i]});
+  }
+  choose(
+      parts, make_groups(k, active), Rank::kMagnitude,
+      [&](int64_t i, int64_t first, int64_t count) {
+        const MaskedWeight& weight = weights[static_cast<size_t>(i)];
+        const int64_t byte = first / kWeightsPerByte;
+        std::copy_n(kept[i] + byte, bytes_of(weight.numel, first, count), weight.mask + byte);
+        zero_inactive(weight, first, count, kept[i]);
+      },
+      parallel);
+}
+
+void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double fraction,
+                 const Parallel& parallel) {
+  const double share = fraction > 0 ? std::min(fraction, 1.0) : 0.0;  // NaN is not above 0
+  const std::vector<int64_t> active = active_counts(weights, parallel);
+  const Masks kept(weights), regrown(weights);
+  std::vector<Part> magnitudes, gains;
+  std::vector<Group> keep, regrow;
+  for (int64_t i = 0; i < std::ssize(weights); ++i) {
+    const MaskedWeight& weight = weights[static_cast<size_t>(i)];
+    const Numbers& score = scores[static_cast<size_t>(i)];
+    const int64_t before = active[static_cast<size_t>(i)];
+    const auto dropped = static_cast<int64_t>(std::ceil(share * static_cast<double>(before)));
+    magnitudes.push_back({weight.data, weight.type, weight.numel, weight.mask, false, kept[i]});
+    keep.push_back({i, i + 1, before, before - dropped});
+    gains.push_back({score.data, score.type, weight.numel, kept[i], true, regrown[i]});
+    regrow.push_back({i, i + 1, weight.numel - (before - dropped), dropped});
+  }
+  choose(magnitudes, keep, Rank::kMagnitude, nullptr, parallel);
+  choose(
+      gains, regrow, Rank::kGain,
+      [&](int64_t i, int64_t first, int64_t count) {
+        const MaskedWeight& weight = weights[static_cast<size_t>(i)];
+        const int64_t begin = first / kWeightsPerByte;
+        const int64_t end = begin + bytes_of(weight.numel, first, count);
+        for (int64_t byte = begin; byte < end; byte += static_cast<int64_t>(sizeof(uint64_t))) {
+          const uint64_t after = load_word(kept[i] + byte) | load_word(regrown[i] + byte);
+          const uint64_t before_too = after & load_word(weight.mask + byte);
+          store_word(kept[i] + byte, before_too);  // all other weights are zero: they may have been anything
+          store_word(weight.mask + byte, after);
+        }
+        zero_inactive(weight, first, count, kept[i]);
+      },
+      parallel);
+}
+
+void topk_mask(std::span<const Numbers> scores, std::span<const int64_t> k, std::span<uint8_t* const> masks,
+               const Parallel& parallel) {
+  std::vector<Part> parts;
+  std::vector<int64_t> eligible;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    parts.push_back({scores[i].data, scores[i].type, scores[i].numel, nullptr, true, masks[i]});
+    eligible.push_back(scores[i].numel);
+  }
+  choose(parts, make_groups(k, eligible), Rank::kSigned, nullptr, parallel);
+}
+
+}  // namespace granet::cpu

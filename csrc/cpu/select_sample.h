@@ -1,0 +1,140 @@
+// A guess at where the k-th largest key lies, from a sample. It costs nothing if it is wrong but time: the caller
+// counts.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <iterator>
+#include <span>
+#include <vector>
+
+#include "common/bits.h"
+#include "common/radix.h"
+#include "cpu/select_choose.h"
+#include "cpu/select_rank.h"
+#include "cpu/select_table.h"
+
+namespace granet::cpu {
+
+// A run is the eight elements of one byte of a mask. 8192 runs, 64 Ki elements, put the k-th of N at 20 % between
+// bounds that hold 1.6 % of all; twice as many make that 1.1 % but take as much longer to read as this saves.
+constexpr int64_t kMostRuns = 8192;
+constexpr int64_t kRunsOfTask = 1024;
+constexpr int64_t kBytesOfRun = 64;  // of a mask: at most every 64th is read
+constexpr double kDeviations = 4;    // runs are not independent draws, and a wrong guess costs a pass
+
+// Multiples of the golden ratio, modulo 1, in 32 bits: they fall evenly, and together with no stride of a tensor.
+inline uint64_t jitter(int64_t run) { return static_cast<uint64_t>(run) * 0x9e37'79b9'7f4a'7c15 >> 32; }
+
+// The mask bytes of the parts of one group, counted through.
+class Runs {
+ public:
+  explicit Runs(std::span<const Part> parts) : parts_(parts) {
+    ends_.reserve(parts.size());
+    for (const Part& part : parts) ends_.push_back(bytes_ += mask_bytes(part.numel));
+    runs_ = std::min(kMostRuns, bytes_ / kBytesOfRun);
+  }
+
+  int64_t runs() const { return runs_; }
+
+  struct Run {
+    const Part* part;
+    int64_t byte;
+  };
+
+  // Runs [begin, end): one byte at random out of each of equal stretches.
+  std::vector<Run> list(int64_t begin, int64_t end) const {
+    std::vector<Run> result;
+    result.reserve(static_cast<size_t>(end - begin));
+    size_t part = 0;
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t first = start(run);
+      const auto width = static_cast<uint64_t>(start(run + 1) - first);
+      const int64_t byte = first + static_cast<int64_t>(jitter(run) % width);
+      while (byte >= ends_[part]) ++part;
+      result.push_back({&parts_[part], byte - (ends_[part] - mask_bytes(parts_[part].numel))});
+    }
+    return result;
+  }
+
+ private:
+  int64_t start(int64_t run) const { return bytes_ / runs_ * run + bytes_ % runs_ * run / runs_; }
+
+  std::span<const Part> parts_;
+  std::vector<int64_t> ends_;
+  int64_t bytes_ = 0;
+  int64_t runs_ = 0;
+};
+
+constexpr size_t item_size(FloatType type) {
+  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
+}
+
+// The eligible keys of the runs; the odd elements behind the last eight of a tensor are left out.
+// kernels_of(part): the kernels for its format.
+template <typename Key, typename KernelsOf>
+std::vector<Key> sample_runs(std::span<const Runs::Run> runs, const KernelsOf& kernels_of) {
+  constexpr size_t kAhead = 16;                                // each run is a cache line of its own
+  std::vector<Key> sample(runs.size() * kWeightsPerByte + 1);  // one is written ahead
+  Key* next = sample.data();
+  for (size_t i = 0; i < runs.size(); ++i) {
+    if (i + kAhead < runs.size()) {
+      const auto& [part, byte] = runs[i + kAhead];
+      const size_t offset = static_cast<size_t>(byte * kWeightsPerByte) * item_size(part->type);
+      __builtin_prefetch(static_cast<const char*>(part->values) + offset);
+    }
+    const auto& [part, byte] = runs[i];
+    unsigned eligible = part->bits == nullptr ? 0 : part->bits[byte];
+    if (part->inverted) eligible = ~eligible;
+    eligible &= kAllActive;
+    if (eligible == 0 || (byte + 1) * kWeightsPerByte > part->numel) continue;
+    Key keys[kWeightsPerByte];
+    kernels_of(*part).keys(part->values, byte * kWeightsPerByte, keys);
+    for (const Key key : keys) {
+      *next = key;
+      next += eligible & 1;
+      eligible >>= 1;
+    }
+  }
+  sample.resize(static_cast<size_t>(next - sample.data()));
+  return sample;
+}
+
+// Keys between which, in all likelihood, the k-th largest is of `eligible` ones that are all inside `range`, to judge
+// by those of the sample that are.
+template <typename Key>
+KeyRange<Key> bracket(std::span<const Key> sample, KeyRange<Key> range, int64_t k, int64_t eligible,
+                      const Parallel& parallel) {
+  std::vector<Key> inside;
+  inside.reserve(sample.size());
+  std::copy_if(sample.begin(), sample.end(), std::back_inserter(inside),
+               [=](Key key) { return range.low <= key && key <= range.high; });
+  const int64_t total = std::ssize(inside);
+  if (total == 0) return range;
+  const double share = static_cast<double>(k) / static_cast<double>(eligible);
+  const double size = static_cast<double>(total);
+  const double margin = kDeviations * std::sqrt(size * share * (1 - share)) + kDeviations;
+  const std::vector<std::span<const Key>> lists = {inside};
+  const auto at = [&](double place) {
+    return ranked_key<Key>(lists, range, std::clamp<int64_t>(static_cast<int64_t>(place), 1, total), parallel);
+  };
+
+  // A number that many elements share would, as a bound, make all of them candidates. If it is the likely answer, the
+  // range is that number alone; otherwise it is left out.
+  const int64_t many = total / 16;
+  const Ranked<Key> middle = at(share * size);
+  if (middle.equal > many) return {middle.key, middle.key};
+  KeyRange<Key> result = range;
+  if (share * size - margin >= 1) {
+    const Ranked<Key> high = at(share * size - margin);
+    result.high = high.equal > many ? high.key - 1 : high.key;
+  }
+  if (share * size + margin <= size) {
+    const Ranked<Key> low = at(share * size + margin);
+    result.low = low.equal > many ? low.key + 1 : low.key;
+  }
+  return result;
+}
+
+}  // namespace granet::cpu

@@ -1,0 +1,174 @@
+// Tests of csrc/common/radix.h and csrc/cpu/select.h against the naive oracle of select_oracle.h.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "select_run.h"
+#include "threads.h"
+
+namespace {
+
+using namespace granet;
+using namespace granet::oracle;
+using Generator = std::mt19937_64;
+using Draw = std::function<double(size_t, Generator&)>;  // of element i
+
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  if (holds) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+// Rounded towards zero to 16 bits from fp32, which is as good a number as any.
+Tensor tensor(FloatType type, size_t numel, const Draw& draw, Generator& generator) {
+  Tensor result = {type, Bytes(numel * Tensor{type, {}}.item_size())};
+  for (size_t i = 0; i < numel; ++i) {
+    const double number = draw(i, generator);
+    const auto single = static_cast<float>(number);
+    uint32_t bits;
+    std::memcpy(&bits, &single, sizeof bits);
+    const auto bfloat = static_cast<uint16_t>(bits >> 16);
+    // Of fp16 every pattern of bits is a number of some sort: sign and exponent from here, the rest is mixed.
+    const auto half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (bits >> 13 & 0x7fff));
+    uint8_t* to = result.bytes.data() + i * result.item_size();
+    if (type == FloatType::kFloat64) std::memcpy(to, &number, sizeof number);
+    if (type == FloatType::kFloat32) std::memcpy(to, &single, sizeof single);
+    if (type == FloatType::kBFloat16) std::memcpy(to, &bfloat, sizeof bfloat);
+    if (type == FloatType::kFloat16) std::memcpy(to, &half, sizeof half);
+  }
+  return result;
+}
+
+double normal(Generator& generator) { return std::normal_distribution<double>()(generator); }
+
+const std::vector<std::pair<std::string, Draw>> kDraws = {
+    {"normal", [](size_t, Generator& g) { return normal(g); }},
+    {"equal", [](size_t, Generator&) { return -0.25; }},
+    {"two numbers", [](size_t, Generator& g) { return g() % 5 == 0 ? 0.5 : -0.25; }},
+    {"mostly zeros", [](size_t, Generator& g) { return g() % 10 == 0  ? normal(g)
+                                                       : g() % 2 == 0 ? 0.0
+                                                                      : -0.0; }},
+    {"subnormal", [](size_t, Generator& g) { return normal(g) * 1e-41; }},
+    {"one exponent", [](size_t, Generator& g) { return 1 + static_cast<double>(g() % 4096) / 4096; }},
+    {"close", [](size_t, Generator& g) { return 1 + static_cast<double>(g() % 64) / (1 << 23); }},
+    {"sorted", [](size_t i, Generator&) { return static_cast<double>(i) * 1e-3; }},
+    {"falling", [](size_t i, Generator&) { return -1.0 / static_cast<double>(i + 1); }},
+    {"special",
+     [](size_t, Generator& g) {
+       const double special[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0, -0.0};
+       const size_t pick = g() % 12;
+       return pick < 6 ? special[pick] : normal(g);
+     }},
+};
+
+const std::vector<std::vector<FloatType>> kTypes = {
+    {FloatType::kFloat32},
+    {FloatType::kBFloat16},
+    {FloatType::kFloat16},
+    {FloatType::kFloat64},
+    {FloatType::kFloat16, FloatType::kFloat32, FloatType::kBFloat16},
+    {FloatType::kFloat64, FloatType::kFloat16, FloatType::kFloat32, FloatType::kBFloat16},
+};
+
+std::vector<Tensor> tensors(const std::vector<size_t>& sizes, size_t types, const Draw& draw, Generator& generator) {
+  std::vector<Tensor> result;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    result.push_back(tensor(kTypes[types][t % kTypes[types].size()], sizes[t], draw, generator));
+  }
+  return result;
+}
+
+void test_all(const std::vector<size_t>& sizes, size_t types, const std::string& name, const Draw& draw,
+              const cpu::Parallel& parallel) {
+  Generator generator(types);
+  State state;
+  state.weights = tensors(sizes, types, draw, generator);
+  state.momenta = tensors(sizes, (types + 1) % kTypes.size(), draw, generator);
+  const std::vector<Tensor> scores = tensors(sizes, (types + 2) % kTypes.size(), draw, generator);
+  int64_t total = 0;
+  for (const size_t size : sizes) total += static_cast<int64_t>(size);
+  for (const unsigned percent : {100, 40, 3}) {
+    state.active.clear();
+    for (const size_t size : sizes) {
+      state.active.emplace_back(size);
+      for (uint8_t& active : state.active.back()) active = generator() % 100 < percent;
+    }
+    const std::string label = name + ", types " + std::to_string(types) + ", active " + std::to_string(percent);
+    for (const int64_t k : {int64_t{-1}, int64_t{1}, total * static_cast<int64_t>(percent) / 500, total}) {
+      expect(prune_agrees(state, {k}, parallel), "prune " + label + ", k " + std::to_string(k));
+    }
+    std::vector<int64_t> each;
+    for (const size_t size : sizes) each.push_back(static_cast<int64_t>(size * percent / 300));
+    expect(prune_agrees(state, each, parallel), "prune each " + label);
+    State bare = state;
+    bare.momenta.clear();
+    expect(prune_agrees(bare, each, parallel), "prune without momenta " + label);
+    for (const double fraction : {0.3, 1.0, static_cast<double>(NAN)}) {
+      expect(drop_regrow_agrees(state, scores, fraction, parallel), "drop_regrow " + label);
+    }
+  }
+  expect(topk_agrees(scores, {total / 5}, parallel), "topk_mask " + name);
+  expect(topk_agrees(scores, {total - 1}, parallel), "topk_mask, all but one, " + name);
+}
+
+// The sample sees nothing of what decides: of each stretch of the tensor, or of what is active, only a few bytes count.
+void test_wrong_guess(const cpu::Parallel& parallel) {
+  constexpr size_t kNumel = 300'000;
+  Generator generator(1);
+  for (const size_t every : {64, 1024, 8192}) {
+    for (const double rare : {0.5, 2.0}) {
+      const Draw draw = [&](size_t i, Generator& g) {
+        return i / 8 % every == 5 ? rare * normal(g) : 1 + 1e-3 * normal(g);
+      };
+      const std::vector<Tensor> scores = {tensor(FloatType::kFloat32, kNumel, draw, generator)};
+      for (const int64_t k : {kNumel / every / 2, kNumel / every, kNumel - kNumel / every}) {
+        expect(topk_agrees(scores, {k}, parallel), "wrong guess " + std::to_string(every) + ", k " + std::to_string(k));
+      }
+    }
+  }
+  // The first half large, the second small, and the border between them is wanted.
+  const Draw steps = [&](size_t i, Generator& g) { return (i < kNumel / 2 ? 2 : 1) + 1e-4 * normal(g); };
+  const std::vector<Tensor> scores = {tensor(FloatType::kFloat32, kNumel, steps, generator)};
+  for (const int64_t k : {kNumel / 2 - 1, kNumel / 2, kNumel / 2 + 1}) {
+    expect(topk_agrees(scores, {k}, parallel), "step, k " + std::to_string(k));
+  }
+}
+
+void test_keys() {
+  static_assert(Digits<int32_t>(all_keys<int32_t>(Rank::kMagnitude)).shift == 19, "12 bits, then 12, then 7");
+  static_assert(key_of<Float32, Rank::kMagnitude, int32_t>(0x8000'0000) == 0);
+  static_assert(key_of<Float16, Rank::kMagnitude, int32_t>(0x0001) == 0x3380'0000, "2^-24");
+  static_assert(key_of<Float16, Rank::kMagnitude, int32_t>(0x7bff) == 0x477f'e000, "65504");
+  static_assert(key_of<Float16, Rank::kGain, int32_t>(0xfe00) == -1, "NaN");
+  static_assert(key_of<BFloat16, Rank::kMagnitude, int32_t>(0x7fc0) ==
+                key_of<Float32, Rank::kMagnitude, int32_t>(0x7fc0'0000));
+  static_assert(key_of<Float32, Rank::kMagnitude, int64_t>(1) == 0x36a0'0000'0000'0000, "2^-149");
+  static_assert(key_of<Float32, Rank::kSigned, int64_t>(0xff80'0000) == -0x7ff0'0000'0000'0000, "-infinity");
+}
+
+}  // namespace
+
+int main() {
+  test_keys();
+  const cpu::StdThreads threads(3);
+  const cpu::Serial serial;
+  for (size_t types = 0; types < kTypes.size(); ++types) {
+    for (const auto& [name, draw] : kDraws) {
+      test_all({0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1009, 32}, types, name, draw, serial);
+    }
+  }
+  // Large enough for a sample, with the borders of chunks (32 768) inside and between tensors.
+  for (const auto& [name, draw] : kDraws) {
+    test_all({32'768, 1, 70'001}, 0, "large, " + name, draw, threads);
+    test_all({50'000, 65'536}, 5, "large, mixed, " + name, draw, threads);
+  }
+  test_wrong_guess(threads);
+  if (failures == 0) std::puts("all passed");
+  return failures == 0 ? 0 : 1;
+}
