@@ -1,9 +1,9 @@
 #include "cpu/slab.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
+#include "common/bfloat16.h"
 #include "common/bits.h"
 
 namespace granet::cpu {
@@ -24,12 +24,8 @@ struct Stored<Element::kFloat32> {
 template <>
 struct Stored<Element::kBFloat16> {
   using Type = uint16_t;
-  static float load(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-  static uint16_t store(float value) {  // to nearest, ties to even; a NaN stays one
-    const auto bits = std::bit_cast<uint32_t>(value);
-    if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
+  static float load(uint16_t bits) { return bfloat16_to_float(bits); }
+  static uint16_t store(float value) { return float_to_bfloat16(value); }
 };
 
 template <Element kElement>

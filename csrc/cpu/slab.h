@@ -11,7 +11,7 @@
 
 namespace granet::cpu {
 
-enum class Element { kFloat32, kBFloat16 };
+enum class Element { kFloat32, kBFloat16 };  // what a tensor holds; sums are float32
 
 // A four-dimensional tensor (image, channel, y, x) with any strides, in elements.
 struct ImageView {

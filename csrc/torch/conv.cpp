@@ -2,7 +2,6 @@
 //
 // The public operators (namespace granet) have checked every argument, and backends/cpp/conv.py has built the index for
 // the shapes at hand. What is checked again here is what keeps a direct call from reading or writing out of bounds.
-#include <bit>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -13,10 +12,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "common/bfloat16.h"
 #include "common/bits.h"
 #include "cpu/conv.h"
 #include "cpu/mask.h"
 #include "cpu/stencil_index.h"
+#include "torch/checks.h"
 #include "torch/parallel.h"
 
 namespace granet {
@@ -28,8 +29,6 @@ using cpu::ImageView;
 using cpu::Pair;
 using cpu::Plan;
 using cpu::Stencil;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr size_t kShapeNumbers = 14;
 
@@ -148,150 +147,134 @@ std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, boo
   return {begin, offset, source};
 }
 
-float round_to_bfloat16(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  if (value != value) return value;
-  return std::bit_cast<float>((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
-}
-
-float bfloat16_to_float(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-
-// values[e] = weight[source[e]], rounded to bfloat16 where the input is.
-void gather_values(const Tensor& weight, const Tensor& source, cpu::Element compute, float* values) {
+// values[e] = weight[source[e]] in float32, rounded to bfloat16 first if asked.
+Tensor gather_values(Tensor weight, Tensor source, bool to_bfloat16) {
   constexpr int64_t kChunk = 16384;
-  const auto* from = static_cast<const int32_t*>(source.const_data_ptr());
-  const int64_t count = source.numel();
+  check_contiguous(source, ScalarType::Int, "source", "int32");
   const bool bfloat16 = element_of(weight, "weight") == cpu::Element::kBFloat16;
+  const int64_t count = source.numel();
+  Tensor gathered = torch::stable::new_empty(source, {count}, ScalarType::Float);
+  const auto* from = static_cast<const int32_t*>(source.const_data_ptr());
+  auto* values = static_cast<float*>(gathered.mutable_data_ptr());
   const void* data = weight.const_data_ptr();
-  const bool rounds = !bfloat16 && compute == cpu::Element::kBFloat16;
   TorchThreads().for_each(ceil_div(count, kChunk), [&](int64_t chunk) {
     const int64_t end = std::min(count, (chunk + 1) * kChunk);
     if (bfloat16) {
       for (int64_t e = chunk * kChunk; e < end; ++e) {
         values[e] = bfloat16_to_float(static_cast<const uint16_t*>(data)[from[e]]);
       }
-    } else {
-      for (int64_t e = chunk * kChunk; e < end; ++e) values[e] = static_cast<const float*>(data)[from[e]];
-      if (rounds) {
-        for (int64_t e = chunk * kChunk; e < end; ++e) values[e] = round_to_bfloat16(values[e]);
-      }
+      return;
     }
+    for (int64_t e = chunk * kChunk; e < end; ++e) values[e] = static_cast<const float*>(data)[from[e]];
+    for (int64_t e = chunk * kChunk; e < end && to_bfloat16; ++e) values[e] = round_to_bfloat16(values[e]);
   });
+  return gathered;
 }
 
-// The calling thread's own, kept between calls: the values of one layer at a time.
-float* value_scratch(int64_t count) {
-  thread_local std::vector<float> values;
-  if (static_cast<int64_t>(values.size()) < count) values.resize(static_cast<size_t>(count));
-  return values.data();
+// The first two tensors of an index, and the values of its entries (null where they are not needed).
+cpu::StencilEntries entries_of(const std::vector<Tensor>& index, const Work& work, const Tensor* values) {
+  STD_TORCH_CHECK(index.size() == 3, "index: expected 3 tensors, got ", index.size());
+  check_contiguous(index[0], ScalarType::Long, "index[0]", "int64");
+  check_contiguous(index[1], ScalarType::Int, "index[1]", "int32");
+  check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
+  STD_TORCH_CHECK(
+      index[0].numel() == work.plan.blocks * work.stencil.rows() + 1 && index[1].numel() == index[2].numel(),
+      "index: not one that was built for these shapes");
+  if (values != nullptr) {
+    check_contiguous(*values, ScalarType::Float, "values", "float32");
+    STD_TORCH_CHECK(values->numel() == index[1].numel(), "values: expected ", index[1].numel(), " elements, got ",
+                    values->numel());
+  }
+  return {work.stencil.rows(), static_cast<const int64_t*>(index[0].const_data_ptr()),
+          static_cast<const int32_t*>(index[1].const_data_ptr()),
+          values == nullptr ? nullptr : static_cast<const float*>(values->const_data_ptr())};
 }
 
-struct Index {
-  Tensor begin;
-  Tensor offset;
-  Tensor source;
-};
-
-Index checked_index(const std::vector<Tensor>& index, const Work& work) {
-  STD_TORCH_CHECK(index.size() == 3 && index[0].numel() == work.plan.blocks * work.stencil.rows() + 1 &&
-                      index[1].numel() == index[2].numel(),
-                  "index: not one that was built for these shapes");
-  return {index[0], index[1], index[2]};
-}
-
-cpu::StencilEntries entries_of(const Index& index, const Work& work, const float* values) {
-  return {work.stencil.rows(), static_cast<const int64_t*>(index.begin.const_data_ptr()),
-          static_cast<const int32_t*>(index.offset.const_data_ptr()), values};
-}
-
-// target = conv(input, weight) + bias + residual, max 0 where relu.
-void sparse_conv_(Tensor target, Tensor input, Tensor weight, std::vector<Tensor> index_parts,
-                  std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu, std::vector<int64_t> numbers,
-                  bool in_place) {
+// target = conv(input, weight) + bias + residual, max 0 where relu. The residual has the target's dtype and strides.
+void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor> index, std::optional<Tensor> bias,
+                  std::optional<Tensor> residual, bool relu, std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
-  const Work work = work_of(shape, Direction::kForward, entries_in(index_parts), in_place);
-  const Index index = checked_index(index_parts, work);
   check_in_place(shape, in_place);
+  const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
+  const cpu::StencilEntries entries = entries_of(index, work, &values);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   check_size(target, "target", shape.batch, shape.out_channels, shape.output());
-  float* values = value_scratch(index.source.numel());
-  const bool pointwise = is_pointwise(shape);
-  const ImageView source = view_of(input, "input", pointwise);
-  gather_values(weight, index.source, source.element, values);
-  std::vector<float> biases;
-  if (bias.has_value()) {
-    const bool bfloat16 = element_of(*bias, "bias") == cpu::Element::kBFloat16;
-    STD_TORCH_CHECK(bias->numel() == shape.out_channels, "bias: expected ", shape.out_channels, " elements");
-    for (int64_t i = 0; i < bias->numel(); ++i) {
-      const int64_t at = i * bias->stride(0);
-      const float value = bfloat16 ? bfloat16_to_float(static_cast<const uint16_t*>(bias->const_data_ptr())[at])
-                                   : static_cast<const float*>(bias->const_data_ptr())[at];
-      biases.push_back(source.element == cpu::Element::kBFloat16 ? round_to_bfloat16(value) : value);
-    }
-  }
-  const ImageView result = view_of(target, "target", pointwise);
+  const ImageView source = view_of(input, "input", is_pointwise(shape));
+  const ImageView result = view_of(target, "target", is_pointwise(shape));
   check_planes(source, shape, in_place, "input");
   check_planes(result, shape, in_place, "target");
+  const float* biases = nullptr;
+  if (bias.has_value()) {
+    check_contiguous(*bias, ScalarType::Float, "bias", "float32");
+    STD_TORCH_CHECK(bias->numel() == shape.out_channels, "bias: expected ", shape.out_channels, " elements");
+    biases = static_cast<const float*>(bias->const_data_ptr());
+  }
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->scalar_type() == target.scalar_type() && residual->dim() == target.dim(),
+                    "residual: expected the target's dtype and shape");
+    for (int64_t d = 0; d < target.dim(); ++d) {
+      STD_TORCH_CHECK(residual->size(d) == target.size(d) && residual->stride(d) == target.stride(d),
+                      "residual: expected the target's shape and strides");
+    }
+  }
   const cpu::Finish finish{residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
-  cpu::run_stencil(work.stencil, work.plan, entries_of(index, work, values), source,
-                   biases.empty() ? nullptr : biases.data(), finish, result, TorchThreads());
+  cpu::run_stencil(work.stencil, work.plan, entries, source, biases, finish, result, TorchThreads());
 }
 
-void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor weight, std::vector<Tensor> index_parts,
+void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor values, std::vector<Tensor> index,
                                  std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
-  const Work work = work_of(shape, Direction::kInputGradient, entries_in(index_parts), in_place);
-  const Index index = checked_index(index_parts, work);
   check_in_place(shape, in_place);
+  const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
+  const cpu::StencilEntries entries = entries_of(index, work, &values);
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(gradient, "gradient", shape.batch, shape.channels, shape.input);
-  float* values = value_scratch(index.source.numel());
-  const bool pointwise = is_pointwise(shape);
-  const ImageView source = view_of(grad_output, "grad_output", pointwise);
-  const ImageView target = view_of(gradient, "gradient", pointwise);
+  const ImageView source = view_of(grad_output, "grad_output", is_pointwise(shape));
+  const ImageView target = view_of(gradient, "gradient", is_pointwise(shape));
   check_planes(source, shape, in_place, "grad_output");
   check_planes(target, shape, in_place, "gradient");
-  gather_values(weight, index.source, source.element, values);
-  cpu::run_stencil(work.stencil, work.plan, entries_of(index, work, values), source, nullptr, {nullptr, false}, target,
-                   TorchThreads());
+  cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target, TorchThreads());
+}
+
+// gradient[source[e]] = sums[e], zero elsewhere.
+void scatter_gradient(const Tensor& gradient, const Tensor& source, const float* sums) {
+  const bool bfloat16 = element_of(gradient, "gradient") == cpu::Element::kBFloat16;
+  const auto* to = static_cast<const int32_t*>(source.const_data_ptr());
+  void* data = gradient.mutable_data_ptr();
+  std::memset(data, 0, static_cast<size_t>(gradient.numel()) * (bfloat16 ? 2 : 4));
+  for (int64_t e = 0; e < source.numel(); ++e) {
+    if (bfloat16) {
+      static_cast<uint16_t*>(data)[to[e]] = float_to_bfloat16(sums[e]);
+    } else {
+      static_cast<float*>(data)[to[e]] = sums[e];
+    }
+  }
 }
 
 // gradient, whose storage order is the weight's: zero but for the active weights.
-void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor input, std::vector<Tensor> index_parts,
+void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor input, std::vector<Tensor> index,
                                   std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
-  const Work work = work_of(shape, Direction::kForward, entries_in(index_parts), in_place);
-  const Index index = checked_index(index_parts, work);
   check_in_place(shape, in_place);
+  const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
+  const cpu::StencilEntries entries = entries_of(index, work, nullptr);
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   STD_TORCH_CHECK(gradient.numel() == shape.weights(), "gradient: expected ", shape.weights(), " elements");
-  const bool pointwise = is_pointwise(shape);
-  const int64_t count = index.source.numel();
-  const int64_t parts = cpu::gradient_parts(work.plan);
-  float* scratch = value_scratch(count * (parts + 1));
-  float* sums = scratch + count * parts;
-  const ImageView from = view_of(input, "input", pointwise);
-  const ImageView factor = view_of(grad_output, "grad_output", pointwise);
-  check_planes(from, shape, in_place, "input");
+  const ImageView source = view_of(input, "input", is_pointwise(shape));
+  const ImageView factor = view_of(grad_output, "grad_output", is_pointwise(shape));
+  check_planes(source, shape, in_place, "input");
   check_planes(factor, shape, in_place, "grad_output");
-  cpu::correlate_stencil(work.stencil, work.plan, entries_of(index, work, nullptr), count, from, factor, scratch, sums,
-                         TorchThreads());
-  if (element_of(input, "input") == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
+  const int64_t count = index[2].numel();
+  const int64_t parts = cpu::gradient_parts(work.plan);
+  Tensor partial = torch::stable::new_empty(index[2], {count * (parts + 1)}, ScalarType::Float);
+  auto* partials = static_cast<float*>(partial.mutable_data_ptr());
+  float* sums = partials + count * parts;
+  cpu::correlate_stencil(work.stencil, work.plan, entries, count, source, factor, partials, sums, TorchThreads());
+  if (source.element == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
     for (int64_t e = 0; e < count; ++e) sums[e] = round_to_bfloat16(sums[e]);
   }
-  const auto* source = static_cast<const int32_t*>(index.source.const_data_ptr());
-  void* data = gradient.mutable_data_ptr();
-  const bool bfloat16 = element_of(gradient, "gradient") == cpu::Element::kBFloat16;
-  std::memset(data, 0, static_cast<size_t>(gradient.numel()) * (bfloat16 ? 2 : 4));
-  for (int64_t e = 0; e < count; ++e) {
-    if (bfloat16) {
-      static_cast<uint16_t*>(data)[source[e]] =
-          static_cast<uint16_t>(std::bit_cast<uint32_t>(round_to_bfloat16(sums[e])) >> 16);
-    } else {
-      static_cast<float*>(data)[source[e]] = sums[e];
-    }
-  }
+  scatter_gradient(gradient, index[2], sums);
 }
 
 }  // namespace
@@ -300,11 +283,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def(
       "stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool ranked, bool in_place) -> "
       "Tensor[]");
+  m.def("gather_values(Tensor weight, Tensor source, bool to_bfloat16) -> Tensor");
   m.def(
-      "sparse_conv_(Tensor(a!) target, Tensor input, Tensor weight, Tensor[] index, Tensor? bias, Tensor? residual, "
+      "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");
   m.def(
-      "sparse_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor weight, Tensor[] index, int[] "
+      "sparse_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor values, Tensor[] index, int[] "
       "shape, bool in_place) -> ()");
   m.def(
       "sparse_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor[] index, int[] "
@@ -313,6 +297,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
   m.impl("stencil_index", TORCH_BOX(&stencil_index));
+  m.impl("gather_values", TORCH_BOX(&gather_values));
   m.impl("sparse_conv_", TORCH_BOX(&sparse_conv_));
   m.impl("sparse_conv_input_gradient_", TORCH_BOX(&sparse_conv_input_gradient_));
   m.impl("sparse_conv_weight_gradient_", TORCH_BOX(&sparse_conv_weight_gradient_));

@@ -3,6 +3,7 @@
 Importing this package loads the compiled library; the ImportError says why it cannot be loaded.
 """
 
+from granet_kernels.backends.cpp.compressed import compressed_conv2d, compressed_linear
 from granet_kernels.backends.cpp.conv import masked_conv2d, masked_conv2d_backward
 from granet_kernels.backends.cpp.library import load
 from granet_kernels.backends.cpp.linear import masked_linear, masked_linear_backward
@@ -18,6 +19,8 @@ from granet_kernels.backends.cpp.select import drop_regrow_, prune_, topk_mask
 from granet_kernels.backends.cpp.sgd import masked_sgd_
 
 __all__ = [
+    "compressed_conv2d",
+    "compressed_linear",
     "count_active",
     "drop_regrow_",
     "mask_cast",

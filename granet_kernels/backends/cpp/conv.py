@@ -15,6 +15,7 @@ from granet_kernels.backends.cpp.cost import prefers_sparse
 from granet_kernels.backends.cpp.index import (
     Access,
     ActiveWeights,
+    Index,
     Shape,
     active_weights,
     readable_in_place,
@@ -39,7 +40,7 @@ def masked_conv2d(
     algorithm: str = "auto",
 ) -> Tensor:
     """conv2d(input, weight where active), in the dtype of the input."""
-    shape = conv_shape(input, weight, stride, padding, dilation, groups)
+    shape = conv_shape(input, weight.shape, stride, padding, dilation, groups)
     memory_format = conv_memory_format(input, weight)
     active = active_weights(mask)
     if not chooses_sparse(shape, input, weight, mask, active, algorithm):
@@ -55,10 +56,7 @@ def masked_conv2d(
     input = evenly_spaced(input)
     access = access_of(shape, weight, input, output)
     index = active.index(shape, access, "forward")
-    bias = None if bias is None else bias.to(input.dtype)
-    torch.ops.granet_cpp.sparse_conv_.default(
-        output, input, weight, index, bias, None, False, list(shape), access.in_place
-    )
+    sparse_output(output, input, index, index.values(weight, input.dtype), bias, shape, access)
     return output
 
 
@@ -78,7 +76,7 @@ def masked_conv2d_backward(
     algorithm: str = "auto",
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
-    shape = conv_shape(input, weight, stride, padding, dilation, groups)
+    shape = conv_shape(input, weight.shape, stride, padding, dilation, groups)
     needs_input, needs_weight, needs_bias = needs
     active = active_weights(mask)
     sparse = chooses_sparse(shape, input, weight, mask, active, algorithm)
@@ -110,6 +108,22 @@ def masked_conv2d_backward(
     return gradients
 
 
+def sparse_output(
+    output: Tensor,
+    input: Tensor,
+    index: Index,
+    values: Tensor,
+    bias: Tensor | None,
+    shape: Shape,
+    access: Access,
+) -> None:
+    """Write the output of a layer; the bias is rounded to the input's dtype first."""
+    bias = None if bias is None else bias.to(input.dtype).float().contiguous()
+    torch.ops.granet_cpp.sparse_conv_.default(
+        output, input, values, index, bias, None, False, list(shape), access.in_place
+    )
+
+
 def sparse_input_gradient(
     gradient: Tensor, grad_output: Tensor, weight: Tensor, active: ActiveWeights, shape: Shape
 ) -> None:
@@ -117,8 +131,9 @@ def sparse_input_gradient(
     target, source = evenly_spaced(gradient), evenly_spaced(grad_output)
     access = access_of(shape, weight, target, source)
     index = active.index(shape, access, "input_gradient")
+    values = index.values(weight, gradient.dtype)
     torch.ops.granet_cpp.sparse_conv_input_gradient_.default(
-        target, source, weight, index, list(shape), access.in_place
+        target, source, values, index, list(shape), access.in_place
     )
     if target is not gradient:
         gradient.copy_(target)
@@ -161,14 +176,14 @@ def chooses_sparse(
 
 def conv_shape(
     input: Tensor,
-    weight: Tensor,
+    weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Shape:
     """The shape of a convolution of (N, C, H, W) with (O, C / groups, KH, KW)."""
-    out_channels, _, *kernel = weight.shape
+    out_channels, _, *kernel = weight_shape
     return Shape._make((*input.shape, out_channels, *kernel, *stride, *padding, *dilation, groups))
 
 

@@ -84,33 +84,53 @@ def readable_in_place(shape: Shape, *tensors: Tensor) -> bool:
 Key = tuple[Shape, Access, Direction]
 
 
+class Index(NamedTuple):
+    """Active weights in the order in which the kernels read them."""
+
+    begin: Tensor
+    """int64: where the entries of each (block of source channels, row) begin."""
+    offset: Tensor
+    """int32: where in the packed source an entry looks."""
+    source: Tensor
+    """int32: which weight it is, in storage order; or, if ranked, which active weight."""
+
+    def values(self, weight: Tensor, compute: torch.dtype) -> Tensor:
+        """float32: the entries' weights, rounded to the dtype that the layer computes in."""
+        gathered: Tensor = torch.ops.granet_cpp.gather_values.default(
+            weight, self.source, compute == torch.bfloat16
+        )
+        return gathered
+
+
 class ActiveWeights:
     """The bits of a mask at one time, and the indexes that were built from them."""
 
     def __init__(self, mask: Tensor) -> None:
         self._bits = mask.clone()
-        self._indexes: OrderedDict[Key, list[Tensor]] = OrderedDict()
+        self._indexes: OrderedDict[Key, Index] = OrderedDict()
         self.count = int(torch.ops.granet_cpp.count_active.default([mask]))
 
     def are_those_of(self, mask: Tensor) -> bool:
         """Whether a mask still holds these bits."""
         return torch.equal(self._bits, mask)
 
-    def index(self, shape: Shape, access: Access, direction: Direction) -> list[Tensor]:
-        """The index for a shape: where the entries of each row begin, their offsets, their weights."""
+    def index(self, shape: Shape, access: Access, direction: Direction) -> Index:
+        """The index for a shape."""
         key = (shape, access, direction)
-        index: list[Tensor] | None = self._indexes.get(key)
+        index: Index | None = self._indexes.get(key)
         if index is not None:
             self._indexes.move_to_end(key)
             return index
         backward = direction == "input_gradient"
-        index = torch.ops.granet_cpp.stencil_index.default(
-            self._bits,
-            list(shape),
-            access.channels_last,
-            backward,
-            access.ranked,
-            access.in_place,
+        index = Index._make(
+            torch.ops.granet_cpp.stencil_index.default(
+                self._bits,
+                list(shape),
+                access.channels_last,
+                backward,
+                access.ranked,
+                access.in_place,
+            )
         )
         self._indexes[key] = index
         if len(self._indexes) > 2 * MOST_SHAPES:

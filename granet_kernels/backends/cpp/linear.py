@@ -14,6 +14,7 @@ from torch import Tensor
 from granet_kernels.backends.cpp.conv import (
     chooses_sparse,
     sparse_input_gradient,
+    sparse_output,
     sparse_weight_gradient,
 )
 from granet_kernels.backends.cpp.index import Access, Shape, active_weights
@@ -24,22 +25,17 @@ def masked_linear(
     input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *, algorithm: str = "auto"
 ) -> Tensor:
     """input @ (weight where active).T + bias, in the dtype of the input."""
-    shape = linear_shape(input, weight)
+    shape = linear_shape(input, weight.shape)
     active = active_weights(mask)
     if not chooses_sparse(shape, input, weight, mask, active, algorithm):
         bias = None if bias is None else bias.to(input.dtype)
         return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
     output = input.new_empty((*input.shape[:-1], weight.size(0)))
-    torch.ops.granet_cpp.sparse_conv_.default(
-        output.view(-1, weight.size(0)),
-        as_rows(input),
-        weight,
-        active.index(shape, Access(channels_last=False, in_place=False), "forward"),
-        None if bias is None else bias.to(input.dtype),
-        None,
-        False,
-        list(shape),
-        False,
+    access = Access(channels_last=False, in_place=False)
+    index = active.index(shape, access, "forward")
+    values = index.values(weight, input.dtype)
+    sparse_output(
+        output.view(-1, weight.size(0)), as_rows(input), index, values, bias, shape, access
     )
     return output
 
@@ -56,7 +52,7 @@ def masked_linear_backward(
     algorithm: str = "auto",
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
-    shape = linear_shape(input, weight)
+    shape = linear_shape(input, weight.shape)
     needs_input, needs_weight, needs_bias = needs
     active = active_weights(mask)
     sparse = chooses_sparse(shape, input, weight, mask, active, algorithm)
@@ -83,10 +79,10 @@ def masked_linear_backward(
     return gradients
 
 
-def linear_shape(input: Tensor, weight: Tensor) -> Shape:
+def linear_shape(input: Tensor, weight_shape: Sequence[int]) -> Shape:
     """A linear layer as a convolution: every row of the input is an image of one pixel."""
     rows = input.numel() // max(input.size(-1), 1) if input.size(-1) else 0
-    return Shape(rows, weight.size(1), 1, 1, weight.size(0), 1, 1, 1, 1, 0, 0, 1, 1, 1)
+    return Shape(rows, weight_shape[1], 1, 1, weight_shape[0], 1, 1, 1, 1, 0, 0, 1, 1, 1)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
