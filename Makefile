@@ -14,6 +14,10 @@ SEEDS ?= 0
 DEMO_DENSE  = $(BIN)/granet train --method dense
 DEMO_GRANET = $(BIN)/granet train --method granet --init-sparsity 0.5 --sparsity 0.9
 
+# Clang with libFuzzer, and how long each target runs.
+CLANG ?= $(firstword $(notdir $(wildcard /usr/bin/clang++ /usr/bin/clang++-[0-9][0-9])) clang++)
+FUZZ_SECONDS ?= 30
+
 # What bench-cpu measures: all of bench/cpu, or a GROUP of step, selection, update, conv, linear, training, inference.
 # QUICK=1: a few cases and rounds of each, in two minutes instead of fifteen.
 GROUP ?=
@@ -21,13 +25,14 @@ QUICK ?=
 BENCH_FILES = $(if $(GROUP),bench/cpu/test_$(GROUP).py,bench/cpu)
 BENCH_NAME  = $(if $(GROUP),cpu-$(GROUP),cpu)
 
-.PHONY: help setup demo say-demo test say-test lint format bench-cpu say-bench-cpu clean
+.PHONY: help setup demo say-demo test say-test fuzz lint format bench-cpu say-bench-cpu clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a dense and a 90 % sparse network on handwritten digits, and compare them"
 	@echo "make test     check style and types, run all tests"
+	@echo "make fuzz     feed the selection and the mask codec random inputs for a minute (needs clang)"
 	@echo "make lint     check style and types only"
 	@echo "make format   rewrite the sources in the project's style"
 	@echo "make bench-cpu  measure every kernel on the CPU against what it replaces: 15 minutes (QUICK=1: 2; GROUP=conv)"
@@ -48,6 +53,16 @@ say-demo:
 
 test: say-test lint
 	@$(BIN)/python -m pytest
+
+# Random inputs against a plain oracle, under sanitizers. Clang's runtime is in Debian's libclang-rt-*-dev.
+fuzz: $(VENV)/installed
+	@if ! command -v $(CLANG) >/dev/null; then echo "NOTE: no $(CLANG), so nothing was fuzzed"; exit 0; fi; set -e; \
+	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_CXX_COMPILER=$(CLANG) -DGRANET_FUZZ=ON -DGRANET_BUILD_TESTS=OFF >/dev/null; \
+	$(BIN)/cmake --build build/fuzz; \
+	for target in build/fuzz/fuzz_*; do \
+	  if [ -x $$target ]; then $$target -max_total_time=$(FUZZ_SECONDS) -max_len=2048 -print_final_stats=1; fi; \
+	done
 
 say-test:
 	@echo "make test: set up $(VENV) where it is missing; check style and types; build and run all tests."

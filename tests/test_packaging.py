@@ -156,7 +156,7 @@ def sanitizers_work(folder: Path) -> bool:
     return run(*compiler.split(), *flags, cwd=folder).returncode == 0
 
 
-@pytest.mark.parametrize("sanitizers", ["", "address,undefined"])
+@pytest.mark.parametrize("sanitizers", ["", "address,undefined", "thread"])
 def test_csrc_builds_and_passes_without_torch_and_python(tmp_path, sanitizers):
     if sanitizers and not sanitizers_work(tmp_path):
         pytest.skip("the compiler comes without sanitizer libraries")
@@ -164,9 +164,9 @@ def test_csrc_builds_and_passes_without_torch_and_python(tmp_path, sanitizers):
     environment = {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     option = f"-DGRANET_SANITIZE={sanitizers}"
     for command in (
-        ("cmake", "-S", ROOT, "-B", tmp_path / "build", option),
+        ("cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", option),
         ("cmake", "--build", tmp_path / "build"),
-        ("ctest", "--test-dir", tmp_path / "build", "--output-on-failure", "--no-tests=error"),
+        ("ctest", "--test-dir", tmp_path / "build", "--output-on-failure", "--no-tests=error", "-j2"),
     ):
         result = run(*command, cwd=tmp_path, **environment)
         assert result.returncode == 0, log(result)

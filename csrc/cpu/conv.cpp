@@ -167,7 +167,8 @@ void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entr
   std::vector<Segment> segments(1);
   for (int64_t position = 0; position < unit.rows; position += width) {
     const int64_t start = tile_start(plan, unit, s, position);
-    segments[0] = {0, width, image * target.image_stride + start};
+    const int64_t repeated = unit.first_row + position - start;  // perhaps another thread's
+    segments[0] = {repeated, width - repeated, image * target.image_stride + start + repeated};
     sum_tile(plan, entries, slab + start, plan.tile, rows.first, rows.first + rows.count, bias, 1,
              direct_target(target, finish, segments), sums);
   }
