@@ -80,8 +80,8 @@ def native_build() -> dict[str, object]:
     )
     native = Extension(
         "granet_kernels._native",
-        sources("python"),
-        include_dirs=[pybind11.get_include()],
+        [*sources("python"), "csrc/cpu/isa.cpp"],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=[
             ("GRANET_VERSION", VERSION),
             ("GRANET_TORCH_ABI_TARGET", TORCH_ABI_TARGET),

@@ -15,8 +15,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``python``, ``torch``: versions at run time. ``backends``: name to "available" or the reason
-        why not. ``native``: of the compiled part (compiler, standard, ABI target, CUDA toolkit);
-        None where it is absent.
+        why not. ``native``: of the compiled part (compiler, standard, ABI target, CUDA toolkit, and
+        which of the CPU kernels this machine runs); None where it is absent.
     """
     try:
         from granet_kernels import _native

@@ -357,7 +357,11 @@ class MaskedLinearFunction(torch.autograd.Function):
 
 
 # autograd binds the arguments of every call to the signature of `forward`; computing it anew took 100 us.
-for _forward in (MaskCastFunction.forward, MaskedConv2dFunction.forward, MaskedLinearFunction.forward):
+for _forward in (
+    MaskCastFunction.forward,
+    MaskedConv2dFunction.forward,
+    MaskedLinearFunction.forward,
+):
     setattr(_forward, "__signature__", inspect.signature(_forward))  # noqa: B010
 
 

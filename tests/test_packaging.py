@@ -166,7 +166,14 @@ def test_csrc_builds_and_passes_without_torch_and_python(tmp_path, sanitizers):
     for command in (
         ("cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", option),
         ("cmake", "--build", tmp_path / "build"),
-        ("ctest", "--test-dir", tmp_path / "build", "--output-on-failure", "--no-tests=error", "-j2"),
+        (
+            "ctest",
+            "--test-dir",
+            tmp_path / "build",
+            "--output-on-failure",
+            "--no-tests=error",
+            "-j2",
+        ),
     ):
         result = run(*command, cwd=tmp_path, **environment)
         assert result.returncode == 0, log(result)

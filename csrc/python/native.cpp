@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "common/isa.h"
+
 namespace granet {
 namespace {
 
@@ -22,7 +24,7 @@ std::string compiler() {
 #endif
 }
 
-// The instruction set the compiler was allowed to assume everywhere, not what this machine has.
+// The instruction set the compiler was allowed to assume everywhere; the kernels choose a better one at run time.
 py::list cpu_isa() {
   py::list isa;
 #if defined(__x86_64__)
@@ -51,6 +53,7 @@ py::dict build_info() {
   info["torch_abi_target"] = GRANET_TEXT(GRANET_TORCH_ABI_TARGET);
   info["torch_built_against"] = GRANET_TEXT(GRANET_TORCH_VERSION);
   info["cpu_isa"] = cpu_isa();
+  info["cpu_kernels"] = isa_name(isa());
   info["cuda_toolkit"] = text_or_none(GRANET_TEXT(GRANET_CUDA_TOOLKIT));
   info["cuda_architectures"] = py::list();  // no CUDA source is compiled yet
   return info;

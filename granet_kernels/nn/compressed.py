@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import granet_kernels.ops  # noqa: F401 - registers the operators
 from granet_kernels.bitmask import BitMask
+from granet_kernels.choices import Algorithm, last_choice
 from granet_kernels.functional import autocast_dtype, pack_mask
 from granet_kernels.layout import full_mask
 from granet_kernels.nn.layers import MaskedConv2d, MaskedLinear
@@ -36,6 +37,8 @@ class CompressedLayer(nn.Module):
     values: Tensor
     packed_mask: Tensor
     bias: Tensor | None
+    algorithm: Algorithm = "auto"
+    """How it is computed: "sparse", "dense", or by default what the backend expects to be faster."""
 
     def __init__(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
         """Keep what is active and not zero of a weight; ``mask`` is bool, of its shape."""
@@ -246,6 +249,7 @@ class CompressedConv2d(CompressedLayer):
             self.dilation,
             self.groups,
             relu,
+            algorithm=self.algorithm,
         )
         return output if batched else output.squeeze(0)
 
@@ -295,7 +299,13 @@ class CompressedLinear(CompressedLayer):
     def forward(self, input: Tensor) -> Tensor:
         input = self._input(input)
         return torch.ops.granet.compressed_linear(  # type: ignore[no-any-return]
-            input, self.values, self.packed_mask, self.bias, self.weight_shape, self.relu
+            input,
+            self.values,
+            self.packed_mask,
+            self.bias,
+            self.weight_shape,
+            self.relu,
+            algorithm=self.algorithm,
         )
 
     def extra_repr(self) -> str:
@@ -310,7 +320,16 @@ def _described(layer: CompressedConv2d | CompressedLinear) -> list[str]:
         f"nonzeros={layer.values.numel()}/{numel}",
         f"sparsity={layer.sparsity:.4f}",
         *([f"fused={'+'.join(layer.fused)}"] if layer.fused else []),
+        *_algorithm(layer),
     ]
+
+
+def _algorithm(layer: CompressedLayer) -> list[str]:
+    """What was asked for, or what the backend last chose."""
+    if layer.algorithm != "auto":
+        return [f"algorithm={layer.algorithm}"]
+    chosen = last_choice(layer.packed_mask)
+    return [] if chosen is None else [f"algorithm=auto: {chosen}"]
 
 
 def fold_batch_norm(

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from granet_kernels.layout import conv_memory_format, full_mask, packed_length
-from granet_kernels.ops.checks import check_device, check_floating, describe, dtype_name, fail
+from granet_kernels.ops.checks import (
+    check_algorithm,
+    check_device,
+    check_floating,
+    describe,
+    dtype_name,
+    fail,
+)
 from granet_kernels.ops.conv import check_geometry, output_size
 from granet_kernels.ops.define import define
 from granet_kernels.ops.registry import implementation
@@ -83,7 +90,10 @@ def check_compressed_conv2d(
     dilation: Sequence[int],
     groups: int,
     relu: bool,
+    *,
+    algorithm: str = "auto",
 ) -> None:
+    check_algorithm(algorithm)
     if len(weight_shape) != 4:
         fail("weight_shape", "4 sizes (out, in / groups, height, width)", list(weight_shape))
     check_weight(input, values, mask, bias, weight_shape)
@@ -108,6 +118,8 @@ def fake_compressed_conv2d(
     dilation: Sequence[int],
     groups: int,
     relu: bool,
+    *,
+    algorithm: str = "auto",
 ) -> Tensor:
     size = output_size(input, weight_shape, stride, padding, dilation)
     return input.new_empty(size).contiguous(memory_format=conv_memory_format(input, input))
@@ -121,6 +133,7 @@ def check_data_conv2d(
     residual: Tensor | None,
     weight_shape: Sequence[int],
     *rest: Any,
+    algorithm: str = "auto",
 ) -> None:
     check_active(values, mask, weight_shape)
 
@@ -129,7 +142,7 @@ define(
     "compressed_conv2d",
     "(Tensor input, Tensor values, Tensor mask, Tensor? bias, Tensor? residual, "
     "SymInt[4] weight_shape, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    "SymInt groups, bool relu) -> Tensor",
+    'SymInt groups, bool relu, *, str algorithm="auto") -> Tensor',
     check=check_compressed_conv2d,
     fake=fake_compressed_conv2d,
     check_data=check_data_conv2d,
@@ -143,7 +156,10 @@ def check_compressed_linear(
     bias: Tensor | None,
     weight_shape: Sequence[int],
     relu: bool,
+    *,
+    algorithm: str = "auto",
 ) -> None:
+    check_algorithm(algorithm)
     if len(weight_shape) != 2:
         fail("weight_shape", "2 sizes (out_features, in_features)", list(weight_shape))
     check_weight(input, values, mask, bias, weight_shape)
@@ -153,13 +169,13 @@ def check_compressed_linear(
 
 define(
     "compressed_linear",
-    "(Tensor input, Tensor values, Tensor mask, Tensor? bias, SymInt[2] weight_shape, bool relu) "
-    "-> Tensor",
+    "(Tensor input, Tensor values, Tensor mask, Tensor? bias, SymInt[2] weight_shape, bool relu, *, "
+    'str algorithm="auto") -> Tensor',
     check=check_compressed_linear,
-    fake=lambda input, values, mask, bias, weight_shape, relu: input.new_empty(
+    fake=lambda input, values, mask, bias, weight_shape, relu, **_: input.new_empty(
         (*input.shape[:-1], weight_shape[0])
     ),
-    check_data=lambda input, values, mask, bias, weight_shape, relu: check_active(
+    check_data=lambda input, values, mask, bias, weight_shape, relu, **_: check_active(
         values, mask, weight_shape
     ),
 )

@@ -34,6 +34,20 @@ def _half_of_the_filters(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 
 def compressed_conv2d_cases() -> Iterator[Inputs]:
+    yield from _by_both_algorithms(_convolutions())
+
+
+def compressed_linear_cases() -> Iterator[Inputs]:
+    yield from _by_both_algorithms(_linears())
+
+
+def _by_both_algorithms(cases: Iterator[Inputs]) -> Iterator[Inputs]:
+    for label, args, options, depth in cases:
+        for algorithm in ("sparse", "dense"):
+            yield f"{label}-{algorithm}", args, options | {"algorithm": algorithm}, depth
+
+
+def _convolutions() -> Iterator[Inputs]:
     g = generator()
     for i, (label, dtypes, channels_last) in enumerate(
         product(CONVOLUTIONS, DTYPES, (False, True))
@@ -73,7 +87,7 @@ def _convolution(
     return (input, values, mask, bias, residual, *geometry, i % 5 < 3), {}, depth
 
 
-def compressed_linear_cases() -> Iterator[Inputs]:
+def _linears() -> Iterator[Inputs]:
     g = generator()
     sizes = ((7, 33), (2, 3, 33), (33,), (0, 33), (64, 33))
     for i, (size, dtypes, active) in enumerate(product(sizes, DTYPES, ACTIVE)):

@@ -12,6 +12,7 @@ import torch
 
 from granet_kernels import build_info
 from granet_kernels.selftest import Outcome, check_all, devices
+from granet_kernels.selftest.layer_choices import BATCH, sparse_from
 
 COLUMNS = "{:<10} {:<6} {:<23} {:>5}  {}"
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-v",
         "--verbose",
         action="store_true",
-        help="list every mismatch, and how the installation was built",
+        help="list every mismatch, how the installation was built, and which layers are computed sparsely",
     )
 
 
@@ -34,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose:
         for name, value in (build_info()["native"] or {"native": "no compiled part"}).items():
             print(f"  {name}: {value}")
+        print(f"layers on the CPU, batch {BATCH}, are computed sparsely")
+        for name, sparsity in sparse_from():
+            print(
+                f"  {name}: {'never' if sparsity is None else f'from sparsity {sparsity:.1f} on'}"
+            )
     print(COLUMNS.format("backend", "device", "operator", "cases", "result"))
     outcomes = check_all(lambda outcome: print(COLUMNS.format(*_row(outcome)), flush=True))
     failed = [outcome for outcome in outcomes if outcome.failures]

@@ -95,12 +95,14 @@ def compressed_conv2d(
     dilation: Sequence[int],
     groups: int,
     relu: bool,
+    *,
+    algorithm: str = "auto",
 ) -> Tensor:
     """conv2d(input, weight) + bias + residual, then ReLU; rounded once, to the dtype of the input."""
     stored = stored_weight(values, mask)
     shape = conv_shape(input, weight_shape, stride, padding, dilation, groups)
     memory_format = conv_memory_format(input, input)
-    if not chooses_sparse(shape, input, values, mask):
+    if not chooses_sparse(shape, input, values, mask, algorithm):
         dtype = torch.promote_types(input.dtype, torch.float32)
         weight = stored.dense(values, mask, weight_shape, dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -131,11 +133,13 @@ def compressed_linear(
     bias: Tensor | None,
     weight_shape: Sequence[int],
     relu: bool,
+    *,
+    algorithm: str = "auto",
 ) -> Tensor:
     """input @ weight.T + bias, then ReLU; rounded once, to the dtype of the input."""
     stored = stored_weight(values, mask)
     shape = linear_shape(input, weight_shape)
-    if not chooses_sparse(shape, input, values, mask):
+    if not chooses_sparse(shape, input, values, mask, algorithm):
         dtype = torch.promote_types(input.dtype, torch.float32)
         weight = stored.dense(values, mask, weight_shape, dtype)
         output = F.linear(input.to(dtype), weight, None if bias is None else bias.to(dtype))
@@ -148,14 +152,19 @@ def compressed_linear(
     return output
 
 
-def chooses_sparse(shape: Shape, input: Tensor, values: Tensor, mask: Tensor) -> bool:
+def chooses_sparse(
+    shape: Shape, input: Tensor, values: Tensor, mask: Tensor, algorithm: str
+) -> bool:
     """Whether the sparse kernels compute this layer."""
-    sparse = (
+    possible = (
         input.dtype in COMPUTED
         and values.dtype in COMPUTED
         and 0 not in shape[: shape._fields.index("padding_h")]
-        and prefers_sparse(shape, values.numel(), input.dtype)
     )
+    if algorithm == "auto":
+        sparse = possible and prefers_sparse(shape, values.numel(), input.dtype)
+    else:
+        sparse = possible and algorithm == "sparse"
     note_choice(mask, "sparse" if sparse else "dense")
     return sparse
 

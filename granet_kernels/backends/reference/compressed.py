@@ -24,6 +24,8 @@ def compressed_conv2d(
     dilation: Sequence[int],
     groups: int,
     relu: bool,
+    *,
+    algorithm: str = "auto",
 ) -> Tensor:
     """conv2d(input, weight) + bias + residual, then ReLU; rounded once, to the dtype of the input."""
     dtype = computed_in(input)
@@ -43,6 +45,8 @@ def compressed_linear(
     bias: Tensor | None,
     weight_shape: Sequence[int],
     relu: bool,
+    *,
+    algorithm: str = "auto",
 ) -> Tensor:
     """input @ weight.T + bias, then ReLU; rounded once, to the dtype of the input."""
     dtype = computed_in(input)
