@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from granet_kernels.functional import count_active, pack_mask, unpack_mask
 from granet_kernels.layout import (
@@ -97,12 +96,21 @@ class BitMask:
 
 @dataclass(frozen=True, slots=True)
 class _Attachment:
+    weight: weakref.ref[Tensor]
     packed: Tensor
     stride: tuple[int, ...]
     """Of the weight, when the bits were in its order."""
 
 
-_attachments: MutableMapping[Tensor, _Attachment] = WeakIdKeyDictionary()
+# By id(weight), until the weight dies. Optimizers look up every parameter at every step, and torch's
+# WeakIdKeyDictionary hashes and compares in Python.
+_attachments: dict[int, _Attachment] = {}
+
+
+def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
+    """Drop what was attached to a weight that has died, unless its id has a new owner by now."""
+    if key in _attachments and _attachments[key].weight is dead:
+        del _attachments[key]
 
 
 def attach_mask(weight: Tensor, packed: Tensor) -> None:
@@ -112,12 +120,14 @@ def attach_mask(weight: Tensor, packed: Tensor) -> None:
     masked: keep the invariant that an inactive weight is zero
     (:func:`granet_kernels.zero_inactive_`).
     """
-    _attachments[weight] = _Attachment(packed, weight.stride())
+    key = id(weight)
+    died = weakref.ref(weight, lambda reference: _forget(key, reference))
+    _attachments[key] = _Attachment(died, packed, weight.stride())
 
 
 def detach_mask(weight: Tensor) -> None:
     """Let optimizers treat this parameter as dense again."""
-    _attachments.pop(weight, None)
+    _attachments.pop(id(weight), None)
 
 
 def attached_mask(weight: Tensor) -> Tensor | None:
@@ -126,8 +136,8 @@ def attached_mask(weight: Tensor) -> Tensor | None:
     A weight may change its layout behind our back (``weight.data = …``, as torch's own
     ``convert_conv2d_weight_memory_format`` does): then the bits are put into its new order first.
     """
-    attachment = _attachments.get(weight)
-    if attachment is None:
+    attachment = _attachments.get(id(weight))
+    if attachment is None or attachment.weight() is not weight:
         return None
     if weight.stride() != attachment.stride:
         as_attached = torch.empty_strided(weight.shape, attachment.stride, device="meta")

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
-from torch.utils.weak import WeakIdKeyDictionary
 
 from granet_kernels.bitmask import attached_mask
 from granet_kernels.functional import unpack_mask, zero_inactive_
@@ -74,7 +73,7 @@ class MaskedSGD(torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("momentum_dtype", self.defaults.get("momentum_dtype"))
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
-        self._mask_versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._mask_versions: dict[int, tuple[int, ...]] = {}  # by id(param)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. With a ``closure`` it is called first, and what it returns is returned."""
@@ -101,9 +100,8 @@ class MaskedSGD(torch.optim.SGD):
 
     def momentum_of(self, param: Tensor) -> Tensor | None:
         """The momentum of a parameter, in the parameter's memory layout; None before its first step."""
-        buffer: Tensor | None = (
-            self.state[param].get("momentum_buffer") if param in self.state else None
-        )
+        state = self.state.get(param)
+        buffer: Tensor | None = None if state is None else state.get("momentum_buffer")
         if buffer is None or same_layout(buffer, param):
             return buffer
         moved = torch.empty_like(param, dtype=buffer.dtype).copy_(buffer)
@@ -178,7 +176,7 @@ class MaskedSGD(torch.optim.SGD):
                 self.state[param]["momentum_buffer"] = buffer
         lr, weight_decay = group["lr"], group["weight_decay"]
         with torch.no_grad():
-            _ops.masked_sgd_(
+            _ops.masked_sgd_.default(
                 params,
                 [_strided_grad(param) for param in params],
                 momenta,
@@ -197,11 +195,11 @@ class MaskedSGD(torch.optim.SGD):
 
     def _restore_invariant(self, param: Tensor, mask: Tensor, buffer: Tensor | None) -> None:
         """Zero what became inactive behind our back: by hand, or by loading a mask or momentum."""
-        seen = (id(mask), mask._version, None if buffer is None else id(buffer))
-        if self._mask_versions.get(param) != seen:
+        seen = (id(mask), mask._version, 0 if buffer is None else id(buffer))
+        if self._mask_versions.get(id(param)) != seen:
             states = [param] if buffer is None else [param, buffer]
             zero_inactive_(states, [mask] * len(states))
-            self._mask_versions[param] = seen
+            self._mask_versions[id(param)] = seen
 
 
 class _Masked(NamedTuple):
@@ -213,12 +211,13 @@ class _Masked(NamedTuple):
 
 
 def _strided_grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    if param.grad.is_sparse:
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
         raise ValueError(
             f"params: expected a dense gradient of a masked weight {tuple(param.shape)}, got sparse"
         )
-    return param.grad
+    return grad
 
 
 def _masked_grad(param: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class SgdUpdate {
         gain_(static_cast<C>(1 - options.dampening)),
         rate_(static_cast<C>(-options.lr)) {}
 
-  // Every group of the chunk.
+  // Every group of the chunk, except for words without an active weight. The groups of a word are not told apart: at
+  // 90 % random sparsity a branch for each cannot be foreseen, and made the step take 1.4 times as long.
   void all_groups(const SgdChunk& chunk) const {
     const int64_t whole = chunk.group_count / kWordGroups * kWordGroups;
     for (int64_t g = 0; g < whole; g += kWordGroups) {
@@ -43,12 +44,9 @@ class SgdUpdate {
       __builtin_memcpy(&word, chunk.mask + g, sizeof word);
       if (word == ~uint64_t{0}) {
         for (int64_t i = 0; i < kWordGroups; ++i) group<true>(chunk, g + i, kAll);
-        continue;
-      }
-      while (word != 0) {
-        const int64_t i = __builtin_ctzll(word) / kMaxLanes;
-        group<false>(chunk, g + i, static_cast<uint8_t>(word >> (i * kMaxLanes)));
-        word &= ~(uint64_t{kAll} << (i * kMaxLanes));
+      } else if (word != 0) {
+        for (int64_t i = 0; i < kWordGroups; ++i)
+          group<false>(chunk, g + i, static_cast<uint8_t>(word >> (i * kMaxLanes)));
       }
     }
     for (int64_t g = whole; g < chunk.group_count; ++g) {

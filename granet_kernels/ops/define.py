@@ -42,10 +42,10 @@ def define(
     def kernel(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         check_data(*args, **kwargs)
-        result = implementation(name, _device_type(args))(*args, **kwargs)
+        # Before the kernel: what the checks have read is still in the cache.
         for position in written:
             _increment_versions(args[position])
-        return result
+        return implementation(name, _device_type(args))(*args, **kwargs)
 
     torch.library.register_fake(f"granet::{name}", fake_kernel)
     torch.library.register_kernel(f"granet::{name}", None, kernel)  # None: every device
@@ -72,6 +72,4 @@ def _tensors(args: Any) -> Iterator[Tensor]:
 
 def _increment_versions(tensors: list[Tensor]) -> None:
     """Kernels write through raw pointers, which autograd's version counters do not see."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
