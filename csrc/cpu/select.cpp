@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "common/bits.h"
 #include "common/isa.h"
 #include "cpu/mask.h"
+#include "cpu/scratch.h"
 #include "cpu/select_choose.h"
 #include "cpu/select_table.h"
 
@@ -17,23 +17,23 @@ namespace {
 
 const SelectTable& table() { return *GRANET_FOR_ISA(&select_portable, &select_avx2, &select_avx512); }
 
-// Packed masks for a list of tensors, in one allocation, not initialised.
+// Packed masks for a list of tensors, not initialised.
 template <typename Tensor>
 class Masks {
  public:
-  explicit Masks(std::span<const Tensor> tensors) {
+  Masks(std::span<const Tensor> tensors, Scratch& scratch) {
     int64_t bytes = 0;
     for (const Tensor& tensor : tensors) {
       offsets_.push_back(bytes);
       bytes += packed_bytes(tensor.numel);
     }
-    bits_ = std::make_unique_for_overwrite<uint8_t[]>(static_cast<size_t>(bytes));
+    bits_ = scratch.take<uint8_t>(static_cast<size_t>(bytes));
   }
-  uint8_t* operator[](int64_t i) const { return bits_.get() + offsets_[static_cast<size_t>(i)]; }
+  uint8_t* operator[](int64_t i) const { return bits_ + offsets_[static_cast<size_t>(i)]; }
 
  private:
   std::vector<int64_t> offsets_;
-  std::unique_ptr<uint8_t[]> bits_;
+  uint8_t* bits_;
 };
 
 int64_t active_in(const uint8_t* mask, int64_t first, int64_t count) {
@@ -92,32 +92,16 @@ void zero_inactive(const MaskedWeight& weight, int64_t first, int64_t count, con
     table().zero[item_size_log2(weight.momentum_type)](weight.momentum, first, count, keep);
 }
 
-}  // namespace
+// Tensors of drop_regrow() are chosen from one by one, so they are worked on in batches of about so many elements: what
+// the passes read again, weights and masks, is then still in a last-level cache.
+constexpr int64_t kBatch = 1'000'000;
 
-void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, const Parallel& parallel) {
+// `share` is inside [0, 1].
+void drop_regrow_batch(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double share,
+                       const Parallel& parallel) {
   const std::vector<int64_t> active = active_counts(weights, parallel);
-  const Masks kept(weights);
-  std::vector<Part> parts;
-  for (int64_t i = 0; i < std::ssize(weights); ++i) {
-    const MaskedWeight& weight = weights[static_cast<size_t>(i)];
-    parts.push_back({weight.data, weight.type, weight.numel, weight.mask, false, kept[i]});
-  }
-  choose(
-      parts, make_groups(k, active), Rank::kMagnitude,
-      [&](int64_t i, int64_t first, int64_t count) {
-        const MaskedWeight& weight = weights[static_cast<size_t>(i)];
-        const int64_t byte = first / kWeightsPerByte;
-        std::copy_n(kept[i] + byte, bytes_of(weight.numel, first, count), weight.mask + byte);
-        zero_inactive(weight, first, count, kept[i]);
-      },
-      parallel);
-}
-
-void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double fraction,
-                 const Parallel& parallel) {
-  const double share = fraction > 0 ? std::min(fraction, 1.0) : 0.0;  // NaN is not above 0
-  const std::vector<int64_t> active = active_counts(weights, parallel);
-  const Masks kept(weights), regrown(weights);
+  const ScratchScope scratch;
+  const Masks kept(weights, *scratch), regrown(weights, *scratch);
   std::vector<Part> magnitudes, gains;
   std::vector<Group> keep, regrow;
   for (int64_t i = 0; i < std::ssize(weights); ++i) {
@@ -130,7 +114,7 @@ void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers>
     gains.push_back({score.data, score.type, weight.numel, kept[i], true, regrown[i]});
     regrow.push_back({i, i + 1, weight.numel - (before - dropped), dropped});
   }
-  choose(magnitudes, keep, Rank::kMagnitude, nullptr, parallel);
+  choose(magnitudes, keep, Rank::kMagnitude, nullptr, *scratch, parallel);
   choose(
       gains, regrow, Rank::kGain,
       [&](int64_t i, int64_t first, int64_t count) {
@@ -145,18 +129,55 @@ void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers>
         }
         zero_inactive(weight, first, count, kept[i]);
       },
-      parallel);
+      *scratch, parallel);
+}
+
+}  // namespace
+
+void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, const Parallel& parallel) {
+  const std::vector<int64_t> active = active_counts(weights, parallel);
+  const ScratchScope scratch;
+  const Masks kept(weights, *scratch);
+  std::vector<Part> parts;
+  for (int64_t i = 0; i < std::ssize(weights); ++i) {
+    const MaskedWeight& weight = weights[static_cast<size_t>(i)];
+    parts.push_back({weight.data, weight.type, weight.numel, weight.mask, false, kept[i]});
+  }
+  choose(
+      parts, make_groups(k, active), Rank::kMagnitude,
+      [&](int64_t i, int64_t first, int64_t count) {
+        const MaskedWeight& weight = weights[static_cast<size_t>(i)];
+        const int64_t byte = first / kWeightsPerByte;
+        std::copy_n(kept[i] + byte, bytes_of(weight.numel, first, count), weight.mask + byte);
+        zero_inactive(weight, first, count, kept[i]);
+      },
+      *scratch, parallel);
+}
+
+void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double fraction,
+                 const Parallel& parallel) {
+  const double share = fraction > 0 ? std::min(fraction, 1.0) : 0.0;  // NaN is not above 0
+  size_t begin = 0;
+  int64_t numel = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    numel += weights[i].numel;
+    if (numel < kBatch && i + 1 < weights.size()) continue;
+    drop_regrow_batch(weights.subspan(begin, i + 1 - begin), scores.subspan(begin, i + 1 - begin), share, parallel);
+    begin = i + 1;
+    numel = 0;
+  }
 }
 
 void topk_mask(std::span<const Numbers> scores, std::span<const int64_t> k, std::span<uint8_t* const> masks,
                const Parallel& parallel) {
+  const ScratchScope scratch;
   std::vector<Part> parts;
   std::vector<int64_t> eligible;
   for (size_t i = 0; i < scores.size(); ++i) {
     parts.push_back({scores[i].data, scores[i].type, scores[i].numel, nullptr, true, masks[i]});
     eligible.push_back(scores[i].numel);
   }
-  choose(parts, make_groups(k, eligible), Rank::kSigned, nullptr, parallel);
+  choose(parts, make_groups(k, eligible), Rank::kSigned, nullptr, *scratch, parallel);
 }
 
 }  // namespace granet::cpu

@@ -5,14 +5,11 @@
 #include "cpu/select_choose.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <memory>
-#include <type_traits>
 #include <vector>
 
-#include "common/bits.h"
 #include "common/isa.h"
+#include "cpu/select_chunk.h"
 #include "cpu/select_rank.h"
 #include "cpu/select_sample.h"
 #include "cpu/select_table.h"
@@ -26,37 +23,15 @@ constexpr int64_t kCandidateShare = 8;  // at most an eighth of the eligible, fo
 
 int64_t most_candidates(int64_t eligible) { return std::max(kFew, eligible / kCandidateShare); }
 
-constexpr int64_t kWordBytes = sizeof(uint64_t);
-
-using ChunkBits = std::array<uint8_t, kChunk / kWeightsPerByte>;
-static_assert(kChunk <= int64_t{1} << 16, "places in a chunk are 16 bits");
-
-// The eligible bits of the block at element `first`.
-uint64_t eligible_bits(const Part& part, int64_t first) {
-  const uint64_t bits = part.bits == nullptr ? 0 : load_word(part.bits + first / kWeightsPerByte);
-  const int64_t count = std::min(kBlock, part.numel - first);
-  return (part.inverted ? ~bits : bits) & (~uint64_t{0} >> (kBlock - count));
-}
-
 template <typename Key>
 class Chooser {
  public:
-  Chooser(std::span<const Part> parts, std::span<const Group> groups, Rank rank, const Parallel& parallel);
+  Chooser(std::span<const Part> parts, std::span<const Group> groups, Rank rank, Scratch& scratch,
+          const Parallel& parallel);
   void run(const Done& done);
 
  private:
   enum class Fate : uint8_t { kAll, kNone, kSearch };
-
-  struct Chunk {
-    int64_t part;
-    size_t group;
-    int64_t first;
-    int64_t count;
-    Split split = {0, 0};
-    std::span<const Key> candidates = {};  // keys, in order; none if the range is a single key
-    const uint16_t* places = nullptr;      // their elements, counted from `first`
-    int64_t ties = INT64_MAX;              // at most so many that equal the threshold stay
-  };
 
   struct State {
     Group group;
@@ -74,62 +49,37 @@ class Chooser {
     int64_t wanted() const { return group.k - split.above; }  // among the candidates
   };
 
-  // The candidates of many chunks, which take their room in the order in which threads come by.
-  struct Arena {
-    explicit Arena(int64_t candidates)
-        : size(candidates),
-          keys(std::make_unique_for_overwrite<Key[]>(static_cast<size_t>(candidates))),
-          places(std::make_unique_for_overwrite<uint16_t[]>(static_cast<size_t>(candidates))) {}
-    int64_t take(int64_t count) { return used.fetch_add(count, std::memory_order_relaxed); }
-
-    int64_t size;
-    std::unique_ptr<Key[]> keys;
-    std::unique_ptr<uint16_t[]> places;
-    std::atomic<int64_t> used = 0;
-  };
-
   void add_chunks(State& state, size_t index);
   template <typename Visit>
   void for_each_search(const Visit& visit);
   void guess();
   void split(const std::vector<size_t>& which);
-  void split_chunk(Chunk& chunk, Arena& arena, std::atomic<bool>& complete);
-  void fill_chunk(const Chunk& chunk, bool all);
   bool missed(State& state, KeyRange<Key>& known);
   void narrow(State& state, KeyRange<Key> known);
   void find_threshold(State& state, const Parallel& parallel);
   void share_ties(State& state);
-  void limit_equal(const Chunk& chunk);
-  void resolve(const Chunk& chunk);
+  void resolve(const Chunk<Key>& chunk);
 
-  const KeyKernels<Key>& kernels(const Part& part) const {
-    const auto rank = static_cast<size_t>(rank_), type = static_cast<size_t>(part.type);
-    if constexpr (std::is_same_v<Key, int32_t>) return table_.narrow[rank][type];
-    if constexpr (std::is_same_v<Key, int64_t>) return table_.wide[rank][type];
-  }
-  Slice slice(const Chunk& chunk) const {
-    const Part& part = parts_[static_cast<size_t>(chunk.part)];
-    return {part.values, part.bits, part.inverted ? ~uint64_t{0} : 0, chunk.first, chunk.count};
-  }
-  const Part& part(const Chunk& chunk) const { return parts_[static_cast<size_t>(chunk.part)]; }
-  uint8_t* chosen(const Chunk& chunk) const { return part(chunk).chosen + chunk.first / kWeightsPerByte; }
-  std::span<Chunk> chunks(const State& state) {
+  const KeyKernels<Key>& kernels(const Part& part) const { return key_kernels<Key>(table_, rank_, part.type); }
+  std::span<Chunk<Key>> chunks(const State& state) {
     return std::span(chunks_).subspan(state.begin, state.end - state.begin);
   }
 
   std::span<const Part> parts_;
   Rank rank_;
+  Scratch& scratch_;
   const Parallel& parallel_;
   const SelectTable& table_;
   std::vector<State> states_;
-  std::vector<Chunk> chunks_;
-  std::vector<std::unique_ptr<Arena>> arenas_;
+  std::vector<Chunk<Key>> chunks_;
 };
 
 template <typename Key>
-Chooser<Key>::Chooser(std::span<const Part> parts, std::span<const Group> groups, Rank rank, const Parallel& parallel)
+Chooser<Key>::Chooser(std::span<const Part> parts, std::span<const Group> groups, Rank rank, Scratch& scratch,
+                      const Parallel& parallel)
     : parts_(parts),
       rank_(rank),
+      scratch_(scratch),
       parallel_(parallel),
       table_(*for_isa(&select_portable, &select_avx2, &select_avx512)) {
   for (const Group& group : groups) {
@@ -143,9 +93,9 @@ template <typename Key>
 void Chooser<Key>::add_chunks(State& state, size_t index) {
   state.begin = chunks_.size();
   for (int64_t p = state.group.begin; p < state.group.end; ++p) {
-    const int64_t numel = parts_[static_cast<size_t>(p)].numel;
-    for (int64_t first = 0; first < numel; first += kChunk) {
-      chunks_.push_back({.part = p, .group = index, .first = first, .count = std::min(kChunk, numel - first)});
+    const Part& part = parts_[static_cast<size_t>(p)];
+    for (int64_t first = 0; first < part.numel; first += kChunk) {
+      chunks_.push_back({.part = &part, .group = index, .first = first, .count = std::min(kChunk, part.numel - first)});
     }
   }
   state.end = chunks_.size();
@@ -178,9 +128,9 @@ void Chooser<Key>::run(const Done& done) {
     if (state.ties_differ) share_ties(state);
   }
   parallel_.for_each(std::ssize(chunks_), [&](int64_t i) {
-    const Chunk& chunk = chunks_[static_cast<size_t>(i)];
+    const Chunk<Key>& chunk = chunks_[static_cast<size_t>(i)];
     if (states_[chunk.group].fate == Fate::kSearch) resolve(chunk);
-    if (done) done(chunk.part, chunk.first, chunk.count);
+    if (done) done(chunk.part - parts_.data(), chunk.first, chunk.count);
   });
 }
 
@@ -240,16 +190,16 @@ void Chooser<Key>::split(const std::vector<size_t>& which) {
       if (state.fate == Fate::kSearch) keys += std::min(state.group.eligible, most_candidates(state.group.eligible));
     }
   }
-  Arena& arena = *arenas_.emplace_back(std::make_unique<Arena>(keys));
+  Candidates<Key> candidates(keys, std::ssize(which), scratch_);
   std::vector<std::atomic<bool>> complete(states_.size());
   for (auto& flag : complete) flag = true;
   parallel_.for_each(std::ssize(which), [&](int64_t i) {
-    Chunk& chunk = chunks_[which[static_cast<size_t>(i)]];
-    const Fate fate = states_[chunk.group].fate;
-    if (fate == Fate::kSearch) {
-      split_chunk(chunk, arena, complete[chunk.group]);
-    } else {
-      fill_chunk(chunk, fate == Fate::kAll);
+    Chunk<Key>& chunk = chunks_[which[static_cast<size_t>(i)]];
+    const State& state = states_[chunk.group];
+    if (state.fate != Fate::kSearch) {
+      fill(chunk, state.fate == Fate::kAll);
+    } else if (!cpu::split(chunk, kernels(*chunk.part), state.range, candidates)) {
+      complete[chunk.group].store(false, std::memory_order_relaxed);
     }
   });
   for (const size_t i : which) {
@@ -259,46 +209,6 @@ void Chooser<Key>::split(const std::vector<size_t>& which) {
     state.split.within += chunks_[i].split.within;
     state.complete = complete[chunks_[i].group];
   }
-}
-
-// Zeros behind the last word of a mask, if the chunk is the last of its tensor.
-void pad(const Part& part, int64_t end) {
-  if (end < part.numel) return;
-  const int64_t words = ceil_div(part.numel, kBlock);
-  std::fill(part.chosen + words * kWordBytes, part.chosen + packed_bytes(part.numel), uint8_t{0});
-}
-
-template <typename Key>
-void Chooser<Key>::split_chunk(Chunk& chunk, Arena& arena, std::atomic<bool>& complete) {
-  const State& state = states_[chunk.group];
-  const Part& tensor = part(chunk);
-  ChunkBits within;
-  chunk.split = kernels(tensor).split(slice(chunk), state.range, chosen(chunk), within.data());
-  pad(tensor, chunk.first + chunk.count);
-  chunk.candidates = {};
-  if (state.range.is_single()) {  // all are equal: they stay, unless resolve() finds that there are too many
-    for (int64_t i = 0; i < ceil_div(chunk.count, kBlock) * kWordBytes; i += kWordBytes) {
-      store_word(chosen(chunk) + i, load_word(chosen(chunk) + i) | load_word(within.data() + i));
-    }
-  } else if (chunk.split.within > 0) {
-    const int64_t at = arena.take(chunk.split.within);
-    if (at + chunk.split.within > arena.size) {
-      complete.store(false, std::memory_order_relaxed);
-      return;
-    }
-    kernels(tensor).gather(slice(chunk), within.data(), arena.keys.get() + at, arena.places.get() + at);
-    chunk.candidates = {arena.keys.get() + at, static_cast<size_t>(chunk.split.within)};
-    chunk.places = arena.places.get() + at;
-  }
-}
-
-template <typename Key>
-void Chooser<Key>::fill_chunk(const Chunk& chunk, bool all) {
-  const Part& tensor = part(chunk);
-  for (int64_t first = chunk.first; first < chunk.first + chunk.count; first += kBlock) {
-    store_word(tensor.chosen + first / kWeightsPerByte, all ? eligible_bits(tensor, first) : 0);
-  }
-  pad(tensor, chunk.first + chunk.count);
 }
 
 // Whether the last split does not settle the search. If so, `known` is a range that does hold the k-th largest, and
@@ -323,7 +233,7 @@ bool Chooser<Key>::missed(State& state, KeyRange<Key>& known) {
 // Cuts `known` down until the elements inside are few enough to be candidates, or all equal.
 template <typename Key>
 void Chooser<Key>::narrow(State& state, KeyRange<Key> known) {
-  const std::span<Chunk> all = chunks(state);
+  const std::span<Chunk<Key>> all = chunks(state);
   // A task counts at most 2^32 elements: a sixty-fourth of any memory there is.
   const int64_t tasks = std::min<int64_t>(64, std::ssize(all));
   std::vector<DigitCounts> counts(static_cast<size_t>(tasks));
@@ -333,8 +243,8 @@ void Chooser<Key>::narrow(State& state, KeyRange<Key> known) {
       DigitCounts& count = counts[static_cast<size_t>(task)];
       count.fill(0);
       for (int64_t i = std::ssize(all) * task / tasks; i < std::ssize(all) * (task + 1) / tasks; ++i) {
-        const Chunk& chunk = all[static_cast<size_t>(i)];
-        kernels(part(chunk)).count(slice(chunk), digits, count.data());
+        const Chunk<Key>& chunk = all[static_cast<size_t>(i)];
+        kernels(*chunk.part).count(chunk.slice(), digits, count.data());
       }
     });
     const RankedDigit found = ranked_digit(counts, state.wanted());
@@ -349,7 +259,7 @@ void Chooser<Key>::find_threshold(State& state, const Parallel& parallel) {
   Ranked<Key> found = {state.range.low, 0, state.split.within};
   if (!state.range.is_single()) {
     std::vector<std::span<const Key>> lists;
-    for (const Chunk& chunk : chunks(state)) lists.push_back(chunk.candidates);
+    for (const Chunk<Key>& chunk : chunks(state)) lists.push_back(chunk.candidates);
     found = ranked_key<Key>(lists, state.range, state.wanted(), parallel);
   }
   state.threshold = found.key;
@@ -360,67 +270,40 @@ void Chooser<Key>::find_threshold(State& state, const Parallel& parallel) {
 // The first of the elements that equal the threshold stay.
 template <typename Key>
 void Chooser<Key>::share_ties(State& state) {
-  const std::span<Chunk> all = chunks(state);
+  const std::span<Chunk<Key>> all = chunks(state);
   parallel_.for_each(std::ssize(all), [&](int64_t i) {
-    Chunk& chunk = all[static_cast<size_t>(i)];
+    Chunk<Key>& chunk = all[static_cast<size_t>(i)];
     chunk.ties = state.range.is_single()
                      ? chunk.split.within
                      : std::count(chunk.candidates.begin(), chunk.candidates.end(), state.threshold);
   });
   int64_t left = state.ties;
-  for (Chunk& chunk : all) {
+  for (Chunk<Key>& chunk : all) {
     chunk.ties = std::min(chunk.ties, left);
     left -= chunk.ties;
   }
 }
 
-// Of the elements that equal the only candidate the first chunk.ties stay: chosen were all of them.
 template <typename Key>
-void Chooser<Key>::limit_equal(const Chunk& chunk) {
-  const State& state = states_[chunk.group];
-  if (chunk.ties >= chunk.split.within) return;
-  ChunkBits equal;
-  kernels(part(chunk)).split(slice(chunk), state.range, chosen(chunk), equal.data());
-  int64_t left = chunk.ties;
-  for (int64_t i = 0; left > 0; i += kWordBytes) {
-    uint64_t bits = load_word(equal.data() + i), first = 0;
-    for (; bits != 0 && left > 0; --left) {
-      first |= bits & (~bits + 1);
-      bits &= bits - 1;
-    }
-    store_word(chosen(chunk) + i, load_word(chosen(chunk) + i) | first);
-  }
-}
-
-template <typename Key>
-void Chooser<Key>::resolve(const Chunk& chunk) {
+void Chooser<Key>::resolve(const Chunk<Key>& chunk) {
   const State& state = states_[chunk.group];
   if (state.range.is_single()) {
-    limit_equal(chunk);
-    return;
-  }
-  uint8_t* bytes = chosen(chunk);
-  int64_t ties = chunk.ties;
-  for (size_t i = 0; i < chunk.candidates.size(); ++i) {
-    const Key key = chunk.candidates[i];
-    const bool tie = key == state.threshold;
-    const unsigned stays = (key > state.threshold) | (tie & (ties > 0));
-    ties -= tie;
-    const unsigned place = chunk.places[i];
-    bytes[place / kWeightsPerByte] |= static_cast<uint8_t>(stays << place % kWeightsPerByte);
+    limit_equal(chunk, kernels(*chunk.part), state.range);
+  } else {
+    choose_candidates(chunk, state.threshold);
   }
 }
 
 }  // namespace
 
-void choose(std::span<const Part> parts, std::span<const Group> groups, Rank rank, const Done& done,
+void choose(std::span<const Part> parts, std::span<const Group> groups, Rank rank, const Done& done, Scratch& scratch,
             const Parallel& parallel) {
   const bool wide =
       std::any_of(parts.begin(), parts.end(), [](const Part& p) { return p.type == FloatType::kFloat64; });
   if (wide) {
-    Chooser<int64_t>(parts, groups, rank, parallel).run(done);
+    Chooser<int64_t>(parts, groups, rank, scratch, parallel).run(done);
   } else {
-    Chooser<int32_t>(parts, groups, rank, parallel).run(done);
+    Chooser<int32_t>(parts, groups, rank, scratch, parallel).run(done);
   }
 }
 

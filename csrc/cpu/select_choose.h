@@ -7,6 +7,7 @@
 
 #include "common/radix.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace granet::cpu {
 
@@ -34,8 +35,9 @@ struct Group {
 // done(part, first, count), on any thread, when `chosen` is final for elements [first, first + count).
 using Done = std::function<void(int64_t part, int64_t first, int64_t count)>;
 
-// Groups follow one another and cover all parts. k may lie outside [0, eligible], which means the nearer end.
-void choose(std::span<const Part> parts, std::span<const Group> groups, Rank rank, const Done& done,
+// Groups follow one another and cover all parts. k may lie outside [0, eligible], which means the nearer end. Takes of
+// `scratch` and gives nothing back.
+void choose(std::span<const Part> parts, std::span<const Group> groups, Rank rank, const Done& done, Scratch& scratch,
             const Parallel& parallel);
 
 }  // namespace granet::cpu

@@ -132,13 +132,26 @@ struct Passes {
     return total;
   }
 
+  // The first kGatherAhead of a block are written whether they are there or not: a branch for each would be guessed
+  // wrong about once a block.
   static void gather(const Slice& slice, const uint8_t* within, Key* keys, uint16_t* places) {
+    constexpr uint64_t kLast = uint64_t{1} << (kBlock - 1);  // in a whole block there is such an element
     for (int64_t i = 0; i < slice.count; i += kBlock) {
-      for (uint64_t bits = load_word(within + i / 8); bits != 0; bits &= bits - 1) {
-        const int64_t place = i + __builtin_ctzll(bits);
-        *keys++ = key(slice.values, slice.first + place);
-        *places++ = static_cast<uint16_t>(place);
+      uint64_t bits = load_word(within + i / 8);
+      const int64_t found = ones(bits);
+      int64_t done = 0;
+      const auto take = [&](uint64_t some) {
+        const int64_t place = i + __builtin_ctzll(some);
+        keys[done] = key(slice.values, slice.first + place);
+        places[done++] = static_cast<uint16_t>(place);
+        bits &= bits - 1;
+      };
+      if (slice.count - i >= kBlock) {
+        while (done < kGatherAhead) take(bits | kLast);
       }
+      while (bits != 0) take(bits);
+      keys += found;
+      places += found;
     }
   }
 
@@ -188,6 +201,19 @@ struct Zero {
   }
 
   static GRANET_INLINE void line(Bits* values, uint64_t keep) {
+#if GRANET_AVX512
+    const __m512i lanes = _mm512_loadu_si512(values), zeros = _mm512_setzero_si512();
+    // Where about half of the lines change, a branch around the store costs more than a store of no lanes.
+    if constexpr (sizeof(Bits) == 2) {
+      _mm512_mask_storeu_epi16(values, _mm512_test_epi16_mask(lanes, lanes) & ~static_cast<__mmask32>(keep), zeros);
+    } else if constexpr (sizeof(Bits) == 4) {
+      const __mmask16 lost = _mm512_test_epi32_mask(lanes, lanes) & ~static_cast<__mmask16>(keep);
+      _mm512_mask_storeu_epi32(values, lost, zeros);
+    } else {
+      const __mmask8 lost = _mm512_test_epi64_mask(lanes, lanes) & ~static_cast<__mmask8>(keep);
+      _mm512_mask_storeu_epi64(values, lost, zeros);
+    }
+#else
     constexpr int64_t kVectors = kLine / kLanes;
     Lanes vectors[kVectors], lost = {};
     for (int64_t v = 0; v < kVectors; ++v) {
@@ -198,6 +224,7 @@ struct Zero {
     }
     if (any(lost) == 0) return;
     for (int64_t v = 0; v < kVectors; ++v) __builtin_memcpy(values + v * kLanes, &vectors[v], sizeof(Lanes));
+#endif
   }
 
   static void run(void* values, int64_t first, int64_t count, const uint8_t* keep) {

@@ -34,6 +34,7 @@ class Runs {
     ends_.reserve(parts.size());
     for (const Part& part : parts) ends_.push_back(bytes_ += mask_bytes(part.numel));
     runs_ = std::min(kMostRuns, bytes_ / kBytesOfRun);
+    if (runs_ > 0) step_ = (static_cast<uint64_t>(bytes_) << kFraction) / static_cast<uint64_t>(runs_);
   }
 
   int64_t runs() const { return runs_; }
@@ -51,7 +52,7 @@ class Runs {
     for (int64_t run = begin; run < end; ++run) {
       const int64_t first = start(run);
       const auto width = static_cast<uint64_t>(start(run + 1) - first);
-      const int64_t byte = first + static_cast<int64_t>(jitter(run) % width);
+      const int64_t byte = first + static_cast<int64_t>(jitter(run) * width >> 32);
       while (byte >= ends_[part]) ++part;
       result.push_back({&parts_[part], byte - (ends_[part] - mask_bytes(parts_[part].numel))});
     }
@@ -59,12 +60,16 @@ class Runs {
   }
 
  private:
-  int64_t start(int64_t run) const { return bytes_ / runs_ * run + bytes_ % runs_ * run / runs_; }
+  static constexpr int kFraction = 16;  // bits behind the point: with more, a product could pass 64 bits
+
+  // Fixed-point numbers, because divisions would take as long as reading the runs.
+  int64_t start(int64_t run) const { return static_cast<int64_t>(static_cast<uint64_t>(run) * step_ >> kFraction); }
 
   std::span<const Part> parts_;
   std::vector<int64_t> ends_;
   int64_t bytes_ = 0;
   int64_t runs_ = 0;
+  uint64_t step_ = 0;  // bytes from run to run
 };
 
 constexpr size_t item_size(FloatType type) {

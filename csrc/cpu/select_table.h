@@ -10,6 +10,9 @@ namespace granet::cpu {
 // Elements are handled in blocks of one word of the mask.
 constexpr int64_t kBlock = 64;
 
+// Two candidates, because a block has about one.
+constexpr int64_t kGatherAhead = 2;
+
 // The elements [first, first + count) of a tensor, some of which are eligible. `first` is a multiple of kBlock.
 struct Slice {
   const void* values;
@@ -33,7 +36,8 @@ struct KeyKernels {
   // slice.first; whole words are written. Blocks without an eligible element are not read.
   Split (*split)(const Slice& slice, KeyRange<Key> range, uint8_t* above, uint8_t* within);
 
-  // Keys and places (element - slice.first) where `within`, as split writes it, is set; in order.
+  // Keys and places (element - slice.first) where `within`, as split writes it, is set; in order. Up to kGatherAhead
+  // elements behind them are written too.
   void (*gather)(const Slice& slice, const uint8_t* within, Key* keys, uint16_t* places);
 
   // Adds the eligible keys inside digits.range to counts[digit].

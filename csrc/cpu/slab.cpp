@@ -201,10 +201,48 @@ Part part_of(const Run& run, int64_t lanes, int64_t position, int64_t count) {
   return {begin, std::max(begin, end)};
 }
 
+// Four images that are interleaved in `from`, each a run of pixels next to one another: elements [begin, end) of each.
+void unpack_four_images(const Run* runs, const Part& part, int64_t lanes, const float* from, float* target) {
+  int64_t i = part.begin;
+  for (; i + 4 <= part.end; i += 4, from += 4 * lanes) {
+    Four a = load_four<Element::kFloat32>(from), b = load_four<Element::kFloat32>(from + lanes);
+    Four c = load_four<Element::kFloat32>(from + 2 * lanes), d = load_four<Element::kFloat32>(from + 3 * lanes);
+    transpose(a, b, c, d);
+    store_four(target + runs[0].origin + i, a);
+    store_four(target + runs[1].origin + i, b);
+    store_four(target + runs[2].origin + i, c);
+    store_four(target + runs[3].origin + i, d);
+  }
+  for (; i < part.end; ++i, from += lanes) {
+    for (int64_t lane = 0; lane < 4; ++lane) target[runs[lane].origin + i] = from[lane];
+  }
+}
+
+// Float rows of pixels next to one another, of `lanes` interleaved images; a tile covers the same pixels of all of
+// them.
+void unpack_images(const Runs& runs, const ImageView& view, const float* sums, int64_t width, int64_t position,
+                   int64_t count, int64_t first, int64_t channels) {
+  for (size_t r = 0; r < runs.runs.size(); r += 4) {
+    const Run* four = &runs.runs[r];
+    const Part part = part_of(four[0], runs.lanes, position, count);
+    if (part.begin >= part.end) continue;
+    const float* from = sums + (four[0].position + part.begin * runs.lanes - position);
+    for (int64_t c = 0; c < channels; ++c) {
+      float* target = static_cast<float*>(view.data) + (first + c) * view.channel_stride;
+      unpack_four_images(four, part, runs.lanes, from + c * width, target);
+    }
+  }
+}
+
 template <Element kElement, bool kPlain>
 void unpack_rows(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
                  int64_t position, int64_t count, int64_t first, int64_t channels, int64_t channel_step) {
   using Type = typename Stored<kElement>::Type;
+  // With as many lanes as a vector has, a tile begins with the first of the images.
+  if (kPlain && kElement == Element::kFloat32 && runs.interleaved && runs.step == 1 && position % runs.lanes == 0 &&
+      count % runs.lanes == 0 && channel_step == 1) {
+    return unpack_images(runs, view, sums, width, position, count, first, channels);
+  }
   auto* target = static_cast<Type*>(view.data);
   const auto* residual = static_cast<const Type*>(finish.residual);
   for (const Run& run : runs.runs) {
