@@ -65,6 +65,7 @@ class Access(NamedTuple):
 
 
 LONGEST_TILE = 128  # pixels that a kernel sums at once
+LARGEST_OFFSET = 2**31 - 1  # floats from the first plane, in an index
 
 
 def readable_in_place(shape: Shape, *tensors: Tensor) -> bool:
@@ -74,9 +75,11 @@ def readable_in_place(shape: Shape, *tensors: Tensor) -> bool:
     1x1 layers packing took half of the time at 90 % sparsity.
     """
     geometry = shape[shape._fields.index("kernel_h") : shape._fields.index("groups")]
+    pixels = shape.height * shape.width
     return (
         geometry == (1, 1, 1, 1, 0, 0, 1, 1)
-        and shape.height * shape.width >= LONGEST_TILE
+        and pixels >= LONGEST_TILE
+        and pixels * max(shape.channels, shape.out_channels) <= LARGEST_OFFSET
         and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
     )
 
