@@ -56,7 +56,8 @@ def masked_conv2d(
     input = evenly_spaced(input)
     access = access_of(shape, weight, input, output)
     index = active.index(shape, access, "forward")
-    sparse_output(output, input, index, index.values(weight, input.dtype), bias, shape, access)
+    values = active.forward_values(index, weight, input.dtype)
+    sparse_output(output, input, index, values, bias, shape, access)
     return output
 
 
@@ -131,7 +132,7 @@ def sparse_input_gradient(
     target, source = evenly_spaced(gradient), evenly_spaced(grad_output)
     access = access_of(shape, weight, target, source)
     index = active.index(shape, access, "input_gradient")
-    values = index.values(weight, gradient.dtype)
+    values = active.backward_values(index, weight, gradient.dtype)
     torch.ops.granet_cpp.sparse_conv_input_gradient_.default(
         target, source, values, index, list(shape), access.in_place
     )
