@@ -195,7 +195,7 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
              phases, direct ? direct_target(target, finish, segments) : DirectTarget{}, sums);
     for (int64_t p = 0; p < phases && !direct; ++p) {
       unpack(runs[static_cast<size_t>(p)], target, finish, sums + p * count, phases * count, position, count,
-             rows.first, rows.count, 1);
+             rows.first, rows.count);
     }
   }
 }

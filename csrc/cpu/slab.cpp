@@ -236,11 +236,11 @@ void unpack_images(const Runs& runs, const ImageView& view, const float* sums, i
 
 template <Element kElement, bool kPlain>
 void unpack_rows(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
-                 int64_t position, int64_t count, int64_t first, int64_t channels, int64_t channel_step) {
+                 int64_t position, int64_t count, int64_t first, int64_t channels) {
   using Type = typename Stored<kElement>::Type;
   // With as many lanes as a vector has, a tile begins with the first of the images.
   if (kPlain && kElement == Element::kFloat32 && runs.interleaved && runs.step == 1 && position % runs.lanes == 0 &&
-      count % runs.lanes == 0 && channel_step == 1) {
+      count % runs.lanes == 0) {
     return unpack_images(runs, view, sums, width, position, count, first, channels);
   }
   auto* target = static_cast<Type*>(view.data);
@@ -251,7 +251,7 @@ void unpack_rows(const Runs& runs, const ImageView& view, const Finish& finish, 
     const float* from = sums + (run.position + part.begin * runs.lanes - position);
     const int64_t at = run.origin + part.begin * runs.step + first * view.channel_stride;
     const int64_t length = part.end - part.begin;
-    if (kPlain && kElement == Element::kFloat32 && view.channel_stride == 1 && runs.lanes == 1 && channel_step == 1) {
+    if (kPlain && kElement == Element::kFloat32 && view.channel_stride == 1 && runs.lanes == 1) {
       float* base = reinterpret_cast<float*>(target) + at;
       for (int64_t i = 0; i < length; ++i) {
         float* pixel = base + i * runs.step;
@@ -260,7 +260,7 @@ void unpack_rows(const Runs& runs, const ImageView& view, const Finish& finish, 
       continue;
     }
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t to = at + c * channel_step * view.channel_stride;
+      const int64_t to = at + c * view.channel_stride;
       finish_run<kElement, kPlain>(target + to, residual == nullptr ? nullptr : residual + to, finish.relu,
                                    from + c * width, runs.lanes, runs.step, length);
     }
@@ -276,6 +276,35 @@ void add_pixel_runs(const RunsOf& what, const ImageView& view, Runs& result) {
     const int64_t length = std::min(end - y, view.pixels - pixel);
     result.runs.push_back({y - what.first_row, length, y / view.pixels * view.image_stride + pixel * view.y_stride});
     y += length;
+  }
+}
+
+void clamp_negative(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i];  // a NaN stays
+}
+
+// What was just unpacked, and is still in the cache, + residual, max 0 where relu: along whatever lies in one piece.
+void add_residual(const Runs& runs, const ImageView& view, const Finish& finish, int64_t position, int64_t count,
+                  int64_t first, int64_t channels) {
+  auto* target = static_cast<float*>(view.data);
+  const auto* residual = static_cast<const float*>(finish.residual);
+  const auto finish_piece = [&](int64_t at, int64_t length, int64_t step) {
+    for (int64_t i = 0; i < length; ++i) target[at + i * step] += residual[at + i * step];
+    for (int64_t i = 0; i < length && finish.relu; ++i) {
+      target[at + i * step] = target[at + i * step] < 0.0f ? 0.0f : target[at + i * step];
+    }
+  };
+  for (const Run& run : runs.runs) {
+    const Part part = part_of(run, runs.lanes, position, count);
+    const int64_t start = run.origin + first * view.channel_stride;
+    if (view.channel_stride == 1) {
+      for (int64_t i = part.begin; i < part.end; ++i) finish_piece(start + i * runs.step, channels, 1);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t at = start + c * view.channel_stride + part.begin * runs.step;
+      runs.step == 1 ? finish_piece(at, part.end - part.begin, 1) : finish_piece(at, part.end - part.begin, runs.step);
+    }
   }
 }
 
@@ -328,13 +357,18 @@ void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channe
                                                                                 slab);
 }
 
-void unpack(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
-            int64_t position, int64_t count, int64_t first, int64_t channels, int64_t channel_step) {
-  const bool plain = finish.residual == nullptr && !finish.relu;
-  const bool floating = view.element == Element::kFloat32;
-  const auto run = floating ? (plain ? unpack_rows<Element::kFloat32, true> : unpack_rows<Element::kFloat32, false>)
-                            : (plain ? unpack_rows<Element::kBFloat16, true> : unpack_rows<Element::kBFloat16, false>);
-  run(runs, view, finish, sums, width, position, count, first, channels, channel_step);
+void unpack(const Runs& runs, const ImageView& view, const Finish& finish, float* sums, int64_t width, int64_t position,
+            int64_t count, int64_t first, int64_t channels) {
+  const Finish plain = {nullptr, false};
+  if (view.element == Element::kBFloat16) {  // rounded once, so finished on the way
+    const bool is_plain = finish.residual == nullptr && !finish.relu;
+    const auto run = is_plain ? unpack_rows<Element::kBFloat16, true> : unpack_rows<Element::kBFloat16, false>;
+    return run(runs, view, finish, sums, width, position, count, first, channels);
+  }
+  const bool relu_first = finish.relu && finish.residual == nullptr;
+  for (int64_t c = 0; c < channels && relu_first; ++c) clamp_negative(sums + c * width, count);
+  unpack_rows<Element::kFloat32, true>(runs, view, plain, sums, width, position, count, first, channels);
+  if (finish.residual != nullptr) add_residual(runs, view, finish, position, count, first, channels);
 }
 
 }  // namespace granet::cpu

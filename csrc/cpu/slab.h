@@ -72,8 +72,9 @@ struct Finish {
   bool relu;
 };
 
-// Sums of positions [position, position + count) of `channels` rows, `width` floats apart, into the target.
-void unpack(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
-            int64_t position, int64_t count, int64_t first, int64_t channels, int64_t channel_step);
+// Sums of positions [position, position + count) of `channels` rows, `width` floats apart, into the target's planes
+// from `first` on. The sums are not needed afterwards, and may be changed.
+void unpack(const Runs& runs, const ImageView& view, const Finish& finish, float* sums, int64_t width, int64_t position,
+            int64_t count, int64_t first, int64_t channels);
 
 }  // namespace granet::cpu

@@ -55,7 +55,7 @@ namespace {
 
 constexpr int64_t kSlabBytes = int64_t{1} << 19;    // a packed band, half of a second-level cache
 constexpr int64_t kBlockBytes = int64_t{24} << 10;  // of a first-level cache of 32 KiB
-constexpr int64_t kRowEntries = 12;                 // of a row in a block
+constexpr int64_t kRowProducts = 96;                // vectors that a row multiplies in a block
 constexpr int64_t kBandTiles = 4;                   // that a thread takes at once, in place
 constexpr int64_t kLine = 16;                       // floats in a cache line
 
@@ -73,7 +73,7 @@ int64_t row_length(const Stencil& s) {
 // it. Sums are stored and loaded again between blocks, so a row should have some entries in each.
 void choose_blocks(const Stencil& s, int64_t entries, int64_t window, Plan& plan) {
   const int64_t fitting = std::max<int64_t>(1, kBlockBytes / 4 / window);
-  const int64_t worthwhile = entries / (s.rows() * kRowEntries);
+  const int64_t worthwhile = entries * plan.tile / (s.rows() * kRowProducts);
   plan.blocks = std::clamp<int64_t>(ceil_div(s.channels, fitting), 1, std::max<int64_t>(1, worthwhile));
   plan.block = ceil_div(s.channels, plan.blocks);
   plan.blocks = ceil_div(s.channels, plan.block);

@@ -2,6 +2,7 @@
 //
 // The public operators (namespace granet) have checked every argument, and backends/cpp/conv.py has built the index for
 // the shapes at hand. What is checked again here is what keeps a direct call from reading or writing out of bounds.
+#include <cstddef>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -147,9 +148,10 @@ std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, boo
   return {begin, offset, source};
 }
 
+constexpr int64_t kChunk = 16384;  // entries that a thread takes at once
+
 // values[e] = weight[source[e]] in float32, rounded to bfloat16 first if asked.
 Tensor gather_values(Tensor weight, Tensor source, bool to_bfloat16) {
-  constexpr int64_t kChunk = 16384;
   check_contiguous(source, ScalarType::Int, "source", "int32");
   const bool bfloat16 = element_of(weight, "weight") == cpu::Element::kBFloat16;
   const int64_t count = source.numel();
@@ -239,16 +241,24 @@ void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor val
 // gradient[source[e]] = sums[e], zero elsewhere.
 void scatter_gradient(const Tensor& gradient, const Tensor& source, const float* sums) {
   const bool bfloat16 = element_of(gradient, "gradient") == cpu::Element::kBFloat16;
+  const int64_t bytes = gradient.numel() * (bfloat16 ? 2 : 4);
+  const int64_t count = source.numel();
   const auto* to = static_cast<const int32_t*>(source.const_data_ptr());
-  void* data = gradient.mutable_data_ptr();
-  std::memset(data, 0, static_cast<size_t>(gradient.numel()) * (bfloat16 ? 2 : 4));
-  for (int64_t e = 0; e < source.numel(); ++e) {
-    if (bfloat16) {
-      static_cast<uint16_t*>(data)[to[e]] = float_to_bfloat16(sums[e]);
-    } else {
-      static_cast<float*>(data)[to[e]] = sums[e];
+  auto* data = static_cast<std::byte*>(gradient.mutable_data_ptr());
+  constexpr int64_t kPiece = int64_t{1} << 18;  // bytes
+  TorchThreads().for_each(ceil_div(bytes, kPiece), [&](int64_t piece) {
+    std::memset(data + piece * kPiece, 0, static_cast<size_t>(std::min(kPiece, bytes - piece * kPiece)));
+  });
+  TorchThreads().for_each(ceil_div(count, kChunk), [&](int64_t chunk) {
+    const int64_t end = std::min(count, (chunk + 1) * kChunk);
+    for (int64_t e = chunk * kChunk; e < end; ++e) {
+      if (bfloat16) {
+        reinterpret_cast<uint16_t*>(data)[to[e]] = float_to_bfloat16(sums[e]);
+      } else {
+        reinterpret_cast<float*>(data)[to[e]] = sums[e];
+      }
     }
-  }
+  });
 }
 
 // gradient, whose storage order is the weight's: zero but for the active weights.

@@ -112,7 +112,7 @@ class Gathered(NamedTuple):
     weight: weakref.ref[Tensor]
     version: int
     dtype: torch.dtype
-    index: Index
+    entries: Index
     values: Tensor
 
 
@@ -128,6 +128,8 @@ class ActiveWeights:
 
     def are_those_of(self, mask: Tensor) -> bool:
         """Whether a mask still holds these bits."""
+        if mask.storage_offset() % 8 == 0:  # a word at a time takes a fifth
+            return torch.equal(self._bits.view(torch.int64), mask.view(torch.int64))
         return torch.equal(self._bits, mask)
 
     def index(self, shape: Shape, access: Access, direction: Direction) -> Index:
@@ -176,10 +178,10 @@ class ActiveWeights:
         )
         if last is None or not same:
             return index.values(weight, compute)
-        if self._order is None or self._order[0] is not last.index or self._order[1] is not index:
+        if self._order is None or self._order[0] is not last.entries or self._order[1] is not index:
             place = torch.empty(weight.numel(), dtype=torch.int32)
-            place[last.index.source.long()] = torch.arange(self.count, dtype=torch.int32)
-            self._order = (last.index, index, place[index.source.long()])
+            place[last.entries.source.long()] = torch.arange(self.count, dtype=torch.int32)
+            self._order = (last.entries, index, place[index.source.long()])
         values: Tensor = torch.ops.granet_cpp.gather_values.default(
             last.values, self._order[2], False
         )
