@@ -82,6 +82,8 @@ void for_each_active(const uint8_t* mask, const ConvShape& shape, const Entry& e
   for (int64_t byte = 0; byte < bytes; byte += 8) {
     uint64_t bits = 0;
     std::memcpy(&bits, mask + byte, static_cast<size_t>(std::min<int64_t>(8, bytes - byte)));
+    const int64_t rest = shape.weights() - byte * kWeightsPerByte;
+    if (rest < 64) bits &= (uint64_t{1} << rest) - 1;  // somebody may have set bits behind the last weight
     for (; bits != 0; bits &= bits - 1) {
       const int64_t weight = byte * kWeightsPerByte + std::countr_zero(bits);
       while (weight - first >= size) first += size, ++filter;
@@ -123,6 +125,12 @@ int64_t rows_of(const ConvShape& shape, Direction direction) {
 }
 
 }  // namespace
+
+int64_t count_weights(const uint8_t* mask, const ConvShape& shape) {
+  int64_t active = 0;
+  for_each_active(mask, shape, [&](int64_t, int64_t, int64_t) { ++active; });
+  return active;
+}
 
 int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                       const Plan& plan, int64_t* begin) {

@@ -20,6 +20,9 @@ struct StencilIndex {
   int32_t* source;  // which weight, in storage order; or, where ranked, which active weight
 };
 
+// The active weights, which are the entries of every index. Bits behind the last weight do not count here or below.
+int64_t count_weights(const uint8_t* mask, const ConvShape& shape);
+
 // Fills begin; returns the number of entries.
 int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                       const Plan& plan, int64_t* begin);

@@ -16,7 +16,6 @@
 #include "common/bfloat16.h"
 #include "common/bits.h"
 #include "cpu/conv.h"
-#include "cpu/mask.h"
 #include "cpu/stencil_index.h"
 #include "torch/checks.h"
 #include "torch/parallel.h"
@@ -96,7 +95,7 @@ ImageView view_of(const Tensor& tensor, const char* name, bool pointwise) {
   view.y_stride = tensor.stride(2);
   view.x_stride = tensor.stride(3);
   if (pointwise) {
-    STD_TORCH_CHECK(tensor.size(2) <= 1 || tensor.size(3) == 0 || view.y_stride == tensor.size(3) * view.x_stride, name,
+    STD_TORCH_CHECK(tensor.size(2) <= 1 || tensor.size(3) <= 1 || view.y_stride == tensor.size(3) * view.x_stride, name,
                     ": expected pixels that are evenly spaced in memory");
     view.pixels = std::max<int64_t>(1, tensor.size(2) * tensor.size(3));
     view.y_stride = tensor.size(3) == 1 ? view.y_stride : view.x_stride;
@@ -130,8 +129,7 @@ std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, boo
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
                       mask.numel() >= mask_bytes(shape.weights()),
                   "mask: expected a contiguous uint8 tensor on the CPU with a bit for each weight");
-  const int64_t active =
-      cpu::count_active(static_cast<const uint8_t*>(mask.const_data_ptr()), mask_bytes(shape.weights()));
+  const int64_t active = cpu::count_weights(static_cast<const uint8_t*>(mask.const_data_ptr()), shape);
   const Work work = work_of(shape, direction_of(input_gradient), active, in_place);
   STD_TORCH_CHECK(cpu::offsets_fit(work.stencil, work.plan), "shape: too large for the sparse convolution");
   Tensor begin = torch::stable::new_empty(mask, {work.plan.blocks * work.stencil.rows() + 1}, ScalarType::Long);

@@ -56,8 +56,7 @@ def masked_conv2d(
     input = evenly_spaced(input)
     access = access_of(shape, weight, input, output)
     index = active.index(shape, access, "forward")
-    values = active.forward_values(index, weight, input.dtype)
-    sparse_output(output, input, index, values, bias, shape, access)
+    sparse_output(output, input, index, index.values(weight, input.dtype), bias, shape, access)
     return output
 
 
@@ -132,7 +131,7 @@ def sparse_input_gradient(
     target, source = evenly_spaced(gradient), evenly_spaced(grad_output)
     access = access_of(shape, weight, target, source)
     index = active.index(shape, access, "input_gradient")
-    values = active.backward_values(index, weight, gradient.dtype)
+    values = index.values(weight, gradient.dtype)
     torch.ops.granet_cpp.sparse_conv_input_gradient_.default(
         target, source, values, index, list(shape), access.in_place
     )
@@ -197,5 +196,6 @@ def evenly_spaced(tensor: Tensor) -> Tensor:
     """The tensor, or a copy whose pixels are the same distance apart, as the kernels want them."""
     if tensor.dim() == 2:
         return tensor
-    even = tensor.size(2) <= 1 or tensor.stride(2) == tensor.size(3) * tensor.stride(3)
+    one_row_or_column = tensor.size(2) <= 1 or tensor.size(3) <= 1
+    even = one_row_or_column or tensor.stride(2) == tensor.size(3) * tensor.stride(3)
     return tensor if even else tensor.contiguous()

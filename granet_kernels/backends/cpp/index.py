@@ -8,7 +8,6 @@ whatever way, a stale index is never used. Comparing the bits costs a thousandth
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from typing import Literal, NamedTuple
 
@@ -106,24 +105,12 @@ class Index(NamedTuple):
         return gathered
 
 
-class Gathered(NamedTuple):
-    """The values that the last forward pass took from a weight."""
-
-    weight: weakref.ref[Tensor]
-    version: int
-    dtype: torch.dtype
-    entries: Index
-    values: Tensor
-
-
 class ActiveWeights:
     """The bits of a mask at one time, and the indexes that were built from them."""
 
     def __init__(self, mask: Tensor) -> None:
         self._bits = mask.clone()
         self._indexes: OrderedDict[Key, Index] = OrderedDict()
-        self._gathered: Gathered | None = None
-        self._order: tuple[Index, Index, Tensor] | None = None
         self.count = int(torch.ops.granet_cpp.count_active.default([mask]))
 
     def are_those_of(self, mask: Tensor) -> bool:
@@ -154,38 +141,6 @@ class ActiveWeights:
         if len(self._indexes) > 2 * MOST_SHAPES:
             self._indexes.popitem(last=False)
         return index
-
-    def forward_values(self, index: Index, weight: Tensor, compute: torch.dtype) -> Tensor:
-        """The weights of the entries, read anew: whoever wrote to them need not have said so."""
-        values = index.values(weight, compute)
-        version = 0 if weight.is_inference() else weight._version
-        self._gathered = Gathered(weakref.ref(weight), version, compute, index, values)
-        return values
-
-    def backward_values(self, index: Index, weight: Tensor, compute: torch.dtype) -> Tensor:
-        """The same for the input's gradient: from those of the forward pass, if it saw this weight.
-
-        They are a tenth of the weight, or less, and were just in use; and between the two passes autograd
-        itself goes by the version.
-        """
-        last = self._gathered
-        same = (
-            last is not None
-            and not weight.is_inference()
-            and last.weight() is weight
-            and last.version == weight._version
-            and last.dtype == compute
-        )
-        if last is None or not same:
-            return index.values(weight, compute)
-        if self._order is None or self._order[0] is not last.entries or self._order[1] is not index:
-            place = torch.empty(weight.numel(), dtype=torch.int32)
-            place[last.entries.source.long()] = torch.arange(self.count, dtype=torch.int32)
-            self._order = (last.entries, index, place[index.source.long()])
-        values: Tensor = torch.ops.granet_cpp.gather_values.default(
-            last.values, self._order[2], False
-        )
-        return values
 
 
 _known = WeakIdKeyDictionary()

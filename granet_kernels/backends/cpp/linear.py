@@ -33,7 +33,7 @@ def masked_linear(
     output = input.new_empty((*input.shape[:-1], weight.size(0)))
     access = Access(channels_last=False, in_place=False)
     index = active.index(shape, access, "forward")
-    values = active.forward_values(index, weight, input.dtype)
+    values = index.values(weight, input.dtype)
     sparse_output(
         output.view(-1, weight.size(0)), as_rows(input), index, values, bias, shape, access
     )

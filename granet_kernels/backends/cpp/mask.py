@@ -49,6 +49,6 @@ def mask_grad(grad: Tensor, weight: Tensor, mask: Tensor, dense_grad: Tensor) ->
     if dense_grad:
         return masked.copy_(grad)
     if grad.stride() != weight.stride():
-        grad = aligned(grad, like=weight)
+        grad = aligned(grad, like=weight).contiguous()  # the view of an expanded one has gaps
     torch.ops.granet_cpp.mask_cast_out.default(grad, mask, masked)
     return masked

@@ -50,4 +50,4 @@ def masked_sgd_(
 
 def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
     """The gradient with its elements in memory in the order of the parameter's, without gaps."""
-    return grad if grad.stride() == param.stride() else aligned(grad, like=param)
+    return grad if grad.stride() == param.stride() else aligned(grad, like=param).contiguous()

@@ -46,7 +46,7 @@ def masked_sgd_(
         if weight_decay != 0:
             step = step.add(weight, alpha=weight_decay)
         if momentum != 0:
-            velocity = step
+            velocity = step.to(torch.promote_types(step.dtype, momenta[i].dtype))
             if not first:
                 velocity = in_compute_dtype(momenta[i]).mul(momentum).add(step, alpha=1 - dampening)
             store(momenta[i], velocity, written)

@@ -1,0 +1,98 @@
+"""The choice between sparse and dense layers, and what must not depend on it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, mask_cast, pack_mask
+from granet_kernels.backends.cpp.cost import prefers_sparse
+from granet_kernels.backends.cpp.index import Shape
+
+ALGORITHMS = ("sparse", "dense")
+
+
+def sparse_layer(*args, sparsity=0.7, **options):
+    layer = MaskedConv2d(*args, **options)
+    layer.mask = torch.rand(layer.weight.shape) >= sparsity
+    return layer
+
+
+def test_repr_shows_what_was_chosen():
+    layer = sparse_layer(64, 64, 3, padding=1, sparsity=0.95)
+    assert "algorithm" not in repr(layer)
+    layer(torch.randn(2, 64, 16, 16))
+    assert repr(layer).endswith("algorithm=auto: sparse)")
+    layer.algorithm = "dense"
+    assert repr(layer).endswith("algorithm=dense)")
+
+
+def test_unknown_algorithm_is_refused():
+    layer = MaskedLinear(3, 2)
+    layer.algorithm = "fast"
+    with pytest.raises(ValueError, match=r"algorithm: expected one of .*'sparse'.* got 'fast'"):
+        layer(torch.ones(1, 3))
+
+
+def test_cost_grows_with_active_weights_and_decides_once():
+    shape = Shape(8, 64, 28, 28, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    chosen = [prefers_sparse(shape, active, torch.float32) for active in range(0, 36865, 512)]
+    assert chosen[0]
+    assert not chosen[-1]
+    assert chosen == sorted(chosen, reverse=True)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_whoever_writes_to_mask_or_weight_is_noticed(algorithm):
+    layer = sparse_layer(8, 8, 3, padding=1, bias=False)
+    layer.algorithm = algorithm
+    x = torch.randn(2, 8, 9, 9)
+    layer(x)
+    layer.weight.data.mul_(3)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding=1))
+    layer.packed_mask.data.zero_()
+    assert not layer(x).any()
+    output = layer(x.requires_grad_())
+    layer.packed_mask.data.fill_(0xFF)
+    layer.weight.data.mul_(2)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    expected = F.conv_transpose2d(torch.ones_like(output), layer.weight, padding=1)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bits_behind_the_last_weight_change_nothing(algorithm):
+    layer = MaskedConv2d(3, 3, 1)
+    layer.algorithm = algorithm
+    layer.packed_mask.fill_(0xFF)
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    for _ in range(20):
+        output = layer(x)
+    output.sum().backward()
+    torch.testing.assert_close(output, F.conv2d(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("length", [7, 200])
+def test_one_column_with_the_strides_of_a_row(length):
+    layer = sparse_layer(6, 5, 1)
+    rows = torch.randn(3, 6, 1, length)
+    outputs = []
+    for algorithm in ALGORITHMS:
+        layer.algorithm = algorithm
+        outputs.append(layer(rows.transpose(2, 3).requires_grad_()))
+        outputs[-1].transpose(2, 3).square().sum().backward()
+    torch.testing.assert_close(*outputs)
+
+
+def test_gradients_without_memory_of_their_own():
+    weight = torch.randn(8, 8, requires_grad=True)
+    mask = torch.rand(8, 8) < 0.5
+    mask_cast(weight, pack_mask(mask)).sum().backward()
+    assert torch.equal(weight.grad, mask.float())
+    layer = MaskedLinear(8, 8, bias=False)
+    expected = copy.deepcopy(layer)
+    layer.weight.grad, expected.weight.grad = torch.ones(()).expand(8, 8), torch.ones(8, 8)
+    for one in (layer, expected):
+        MaskedSGD(one.parameters(), lr=0.1).step()
+    assert torch.equal(layer.weight, expected.weight)
