@@ -20,6 +20,10 @@ constexpr int64_t ceil_div(int64_t numerator, int64_t denominator) {
   return numerator / denominator + (numerator % denominator != 0);
 }
 
+constexpr int64_t floor_div(int64_t numerator, int64_t denominator) {
+  return numerator / denominator - (numerator % denominator < 0);
+}
+
 // Bytes of a mask of `numel` weights that hold bits.
 constexpr int64_t mask_bytes(int64_t numel) { return ceil_div(numel, kWeightsPerByte); }
 

@@ -16,7 +16,8 @@ namespace granet {
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
 // The best instruction set of this machine, or a lesser one that the environment variable GRANET_CPU_CAPABILITY names
-// ("portable", "avx2", "avx512"); any other value is ignored. Constant for the life of the process.
+// ("portable", "avx2", "avx512"); any other value is ignored with a word on stderr. Constant for the life of the
+// process.
 Isa isa();
 
 const char* isa_name(Isa isa);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "common/bits.h"
@@ -17,12 +18,13 @@ const StencilKernels& kernels() {
 }
 
 // Memory that a thread keeps from one call to the next: fresh pages cost as much as what is computed in them.
-class Scratch {
+class Buffer {
  public:
   float* floats(int64_t count) {
     if (count > capacity_) {
       data_.reset(static_cast<float*>(
           std::aligned_alloc(kAlignment, static_cast<size_t>(ceil_div(count * 4, kAlignment)) * kAlignment)));
+      if (data_ == nullptr) throw std::bad_alloc();
       capacity_ = count;
     }
     return data_.get();
@@ -37,8 +39,8 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-thread_local Scratch slab_scratch;
-thread_local Scratch sums_scratch;
+thread_local Buffer slab_buffer;
+thread_local Buffer sums_buffer;
 
 constexpr int64_t kLine = 16;  // floats in a cache line
 
@@ -161,7 +163,7 @@ int64_t tile_start(const Plan& plan, const Unit& unit, const Stencil& s, int64_t
 void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
                   const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
   const int64_t width = plan.tile * plan.vector;
-  float* sums = sums_scratch.floats(rows.count * width);
+  float* sums = sums_buffer.floats(rows.count * width);
   const int64_t image = unit.first_image;
   const auto* slab = static_cast<const float*>(source.data) + image * source.image_stride;
   std::vector<Segment> segments(1);
@@ -178,8 +180,8 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
                 const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
   const int64_t phases = s.spread.h * s.spread.w;
   const int64_t width = plan.tile * plan.vector;
-  float* slab = slab_scratch.floats(s.channels * s.phases() * plan.plane);
-  float* sums = sums_scratch.floats(rows.count * phases * width);
+  float* slab = slab_buffer.floats(s.channels * s.phases() * plan.plane);
+  float* sums = sums_buffer.floats(rows.count * phases * width);
   pack_source(s, plan, unit, source, slab);
   std::vector<Runs> runs;
   for (int64_t p = 0; p < phases; ++p) {
@@ -245,7 +247,7 @@ void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries
       correlate_tile(plan, entries, slab + start, factors + start, plan.plane, plan.tile, sums);
       continue;
     }
-    float* rest = sums_scratch.floats(entries.rows * width);  // without what the tile before has counted
+    float* rest = sums_buffer.floats(entries.rows * width);  // without what the tile before has counted
     for (int64_t row = 0; row < entries.rows; ++row) {
       std::fill_n(rest + row * width, repeated, 0.0f);
       std::copy_n(factors + row * plan.plane + start + repeated, width - repeated, rest + row * width + repeated);
@@ -258,8 +260,8 @@ void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& 
                       const ImageView& target, const Unit& unit, float* sums) {
   const int64_t width = plan.tile * plan.vector;
   const int64_t plane = (ceil_div(plan.positions() + width, kLine) | 1) * kLine;
-  float* slab = slab_scratch.floats(s.channels * s.phases() * plan.plane);
-  float* factors = sums_scratch.floats(entries.rows * plane);
+  float* slab = slab_buffer.floats(s.channels * s.phases() * plan.plane);
+  float* factors = sums_buffer.floats(entries.rows * plane);
   pack_source(s, plan, unit, source, slab);
   pack(target_runs(s, plan, unit, {0, 0}, plane, target), target, 0, entries.rows, plane, factors);
   for (int64_t position = 0; position < unit.positions; position += width) {

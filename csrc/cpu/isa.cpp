@@ -1,5 +1,6 @@
 #include "common/isa.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -24,8 +25,10 @@ Isa chosen_isa() {
   const char* name = std::getenv("GRANET_CPU_CAPABILITY");
   if (name == nullptr) return best;
   for (Isa lesser : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
-    if (std::strcmp(name, isa_name(lesser)) == 0 && lesser < best) return lesser;
+    if (std::strcmp(name, isa_name(lesser)) == 0) return lesser < best ? lesser : best;
   }
+  std::fprintf(stderr, "GRANET_CPU_CAPABILITY: expected portable, avx2 or avx512, got '%s'; using %s\n", name,
+               isa_name(best));
   return best;
 }
 

@@ -7,14 +7,6 @@
 #include "cpu/stencil_tables.h"
 
 namespace granet::cpu {
-namespace {
-
-int64_t floor_div(int64_t numerator, int64_t denominator) {
-  return numerator / denominator - (numerator % denominator < 0);
-}
-
-}  // namespace
-
 Stencil forward_stencil(const ConvShape& shape) {
   const auto reach = [](int64_t kernel, int64_t dilation, int64_t stride) { return (kernel - 1) * dilation / stride; };
   return {.batch = shape.batch,

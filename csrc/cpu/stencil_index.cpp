@@ -18,10 +18,6 @@ struct Step {
   int64_t offset;   // of its shift and phase, and forward of its source plane within the group
 };
 
-int64_t floor_div(int64_t numerator, int64_t denominator) {
-  return numerator / denominator - (numerator % denominator < 0);
-}
-
 class Steps {
  public:
   Steps(const ConvShape& shape, WeightOrder order, Direction direction, const Plan& plan) : shape_(shape), plan_(plan) {

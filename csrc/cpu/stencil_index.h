@@ -31,7 +31,7 @@ int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder o
 void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction, bool ranked,
                   const Plan& plan, const StencilIndex& index);
 
-// The most floats of a slab that 32-bit offsets reach.
+// Whether 32-bit offsets reach every float of a slab.
 bool offsets_fit(const Stencil& stencil, const Plan& plan);
 
 }  // namespace granet::cpu

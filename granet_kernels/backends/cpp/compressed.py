@@ -52,7 +52,7 @@ class StoredWeight:
             index = self._active.index(shape, access, "forward")
             self._ordered[key] = (index, index.values(values, torch.float32))
             if len(self._ordered) > MOST_SHAPES:
-                del self._ordered[next(iter(self._ordered))]
+                self._ordered.pop(next(iter(self._ordered)), None)
         return self._ordered[key]
 
     def dense(
