@@ -131,7 +131,7 @@ def test_build_info():
     native = granet_kernels.build_info()["native"]
     assert set(native) == {
         *("version", "compiler", "cxx_standard", "torch_abi_target", "torch_built_against"),
-        *("cpu_isa", "cuda_toolkit", "cuda_architectures"),
+        *("cpu_isa", "cpu_kernels", "cuda_toolkit", "cuda_architectures"),
     }
     assert f'version = "{native["version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert native["cxx_standard"] >= 202002
