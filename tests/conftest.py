@@ -12,11 +12,14 @@ torch.set_num_threads(1)  # the tensors are small: threads would only wait for o
 
 # A machine with a GPU need not have the extras: what cannot be imported there is left out, and said.
 NEEDS = {
-    "test_data.py": ("torchvision", "PIL"),
+    "test_compress_networks.py": ("torchvision",),
+    "test_data.py": ("torchvision", "PIL", "sklearn"),
+    "test_data_formats.py": ("torchvision", "PIL"),
+    "test_data_imagefolder.py": ("torchvision", "PIL"),
     "test_models.py": ("torchvision",),
     "test_flops.py": ("torchvision",),
-    "test_nn.py": ("expecttest",),
-    "test_optim.py": ("expecttest",),
+    "test_nn_like_torch.py": ("expecttest",),
+    "test_optim_like_torch.py": ("expecttest",),
     "test_resnet50.py": ("torchvision",),
     "test_swap.py": ("torchvision",),
     "test_train.py": ("yaml", "sklearn", "torchvision"),

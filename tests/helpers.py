@@ -1,9 +1,12 @@
-"""What several test files compare with."""
+"""Values, bounds and comparisons of several test files."""
 
 import torch
 from torch import Tensor
 
 NAN, INF = float("nan"), float("inf")
+CHANNELS_LAST = torch.channels_last
+EXACT = {"rtol": 0, "atol": 0}
+FP64 = {"rtol": 0, "atol": 1e-12}  # sums of some hundred products of numbers about 1
 
 
 def bits(values) -> list[int]:

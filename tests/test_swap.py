@@ -18,8 +18,7 @@ from granet_kernels import (
     masked_layers,
     sparsify,
 )
-
-EXACT = {"rtol": 0, "atol": 0}
+from tests.helpers import EXACT
 
 
 class Block(nn.Module):
