@@ -2,7 +2,8 @@
 //
 // A kernel that gains from wider vectors is a header `cpu/NAME_kernel.h`, written once over common/simd.h and compiled
 // once for each instruction set by the three-line files `cpu/NAME_{portable,avx2,avx512}.cpp`, each into a namespace of
-// its own. `cpu/NAME.cpp` picks among the three. Nothing is compiled with -march=native: one library runs anywhere.
+// its own. `cpu/NAME.cpp` picks among the three. No file is compiled for the machine that builds it: one library runs
+// anywhere.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -1,13 +1,11 @@
 #include "cpu/conv.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/bits.h"
 #include "common/isa.h"
+#include "cpu/scratch.h"
 
 namespace granet::cpu {
 
@@ -17,32 +15,9 @@ const StencilKernels& kernels() {
   return *GRANET_FOR_ISA(&stencil_kernels_portable, &stencil_kernels_avx2, &stencil_kernels_avx512);
 }
 
-// Memory that a thread keeps from one call to the next: fresh pages cost as much as what is computed in them.
-class Buffer {
- public:
-  float* floats(int64_t count) {
-    if (count > capacity_) {
-      data_.reset(static_cast<float*>(
-          std::aligned_alloc(kAlignment, static_cast<size_t>(ceil_div(count * 4, kAlignment)) * kAlignment)));
-      if (data_ == nullptr) throw std::bad_alloc();
-      capacity_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr int64_t kAlignment = 64;
-  struct Free {
-    void operator()(float* data) const { std::free(data); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t capacity_ = 0;
-};
-
-thread_local Buffer slab_buffer;
-thread_local Buffer sums_buffer;
-
-constexpr int64_t kLine = 16;  // floats in a cache line
+float* take_floats(const ScratchScope& scratch, int64_t count) {
+  return (*scratch).take<float>(static_cast<size_t>(count));
+}
 
 struct Unit {  // of work: a band of a group of images
   int64_t first_image;
@@ -73,7 +48,7 @@ void pack_source(const Stencil& s, const Plan& plan, const Unit& unit, const Ima
                                    .images = s.batch,
                                    .floats = plan.plane},
                                   view);
-      pack(runs, view, 0, s.channels, s.phases() * plan.plane, slab + (a * s.split.w + b) * plan.plane);
+      pack(runs, view, s.channels, s.phases() * plan.plane, slab + (a * s.split.w + b) * plan.plane);
     }
   }
 }
@@ -163,7 +138,8 @@ int64_t tile_start(const Plan& plan, const Unit& unit, const Stencil& s, int64_t
 void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
                   const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
   const int64_t width = plan.tile * plan.vector;
-  float* sums = sums_buffer.floats(rows.count * width);
+  const ScratchScope scratch;
+  float* sums = take_floats(scratch, rows.count * width);
   const int64_t image = unit.first_image;
   const auto* slab = static_cast<const float*>(source.data) + image * source.image_stride;
   std::vector<Segment> segments(1);
@@ -180,8 +156,9 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
                 const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
   const int64_t phases = s.spread.h * s.spread.w;
   const int64_t width = plan.tile * plan.vector;
-  float* slab = slab_buffer.floats(s.channels * s.phases() * plan.plane);
-  float* sums = sums_buffer.floats(rows.count * phases * width);
+  const ScratchScope scratch;
+  float* slab = take_floats(scratch, s.channels * s.phases() * plan.plane);
+  float* sums = take_floats(scratch, rows.count * phases * width);
   pack_source(s, plan, unit, source, slab);
   std::vector<Runs> runs;
   for (int64_t p = 0; p < phases; ++p) {
@@ -247,7 +224,8 @@ void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries
       correlate_tile(plan, entries, slab + start, factors + start, plan.plane, plan.tile, sums);
       continue;
     }
-    float* rest = sums_buffer.floats(entries.rows * width);  // without what the tile before has counted
+    const ScratchScope scratch;
+    float* rest = take_floats(scratch, entries.rows * width);  // without what the tile before has counted
     for (int64_t row = 0; row < entries.rows; ++row) {
       std::fill_n(rest + row * width, repeated, 0.0f);
       std::copy_n(factors + row * plan.plane + start + repeated, width - repeated, rest + row * width + repeated);
@@ -260,10 +238,11 @@ void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& 
                       const ImageView& target, const Unit& unit, float* sums) {
   const int64_t width = plan.tile * plan.vector;
   const int64_t plane = (ceil_div(plan.positions() + width, kLine) | 1) * kLine;
-  float* slab = slab_buffer.floats(s.channels * s.phases() * plan.plane);
-  float* factors = sums_buffer.floats(entries.rows * plane);
+  const ScratchScope scratch;
+  float* slab = take_floats(scratch, s.channels * s.phases() * plan.plane);
+  float* factors = take_floats(scratch, entries.rows * plane);
   pack_source(s, plan, unit, source, slab);
-  pack(target_runs(s, plan, unit, {0, 0}, plane, target), target, 0, entries.rows, plane, factors);
+  pack(target_runs(s, plan, unit, {0, 0}, plane, target), target, entries.rows, plane, factors);
   for (int64_t position = 0; position < unit.positions; position += width) {
     correlate_tile(plan, entries, slab + position, factors + position, plane, vectors_left(plan, unit, position), sums);
   }
@@ -271,8 +250,8 @@ void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& 
 
 }  // namespace
 
-void correlate_stencil(const Stencil& s, const Plan& plan, const StencilEntries& entries, int64_t count,
-                       const ImageView& source, const ImageView& target, float* partial, float* gradient,
+void correlate_stencil(const Stencil& s, const Plan& plan, const StencilEntries& entries, const int32_t* rank,
+                       int64_t count, const ImageView& source, const ImageView& target, float* partial, float* gradient,
                        const Parallel& parallel) {
   const int64_t parts = gradient_parts(plan);
   parallel.for_each(parts, [&](int64_t part) {
@@ -289,7 +268,7 @@ void correlate_stencil(const Stencil& s, const Plan& plan, const StencilEntries&
     for (int64_t e = chunk * kChunk; e < end; ++e) {
       float sum = partial[e];
       for (int64_t part = 1; part < parts; ++part) sum += partial[part * count + e];
-      gradient[e] = sum;
+      gradient[rank[e]] = sum;
     }
   });
 }

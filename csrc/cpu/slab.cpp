@@ -18,14 +18,12 @@ template <>
 struct Stored<Element::kFloat32> {
   using Type = float;
   static float load(float value) { return value; }
-  static float store(float value) { return value; }
 };
 
 template <>
 struct Stored<Element::kBFloat16> {
   using Type = uint16_t;
   static float load(uint16_t bits) { return bfloat16_to_float(bits); }
-  static uint16_t store(float value) { return float_to_bfloat16(value); }
 };
 
 template <Element kElement>
@@ -135,9 +133,8 @@ void pack_plane(const Runs& runs, const typename Stored<kElement>::Type* source,
 // Four channels next to one another in memory, into four planes.
 template <Element kElement>
 void pack_four_planes(const Runs& runs, const typename Stored<kElement>::Type* source, int64_t plane, float* slab) {
-  const auto* step_of = source;
   for (const Run& run : runs.runs) {
-    const auto* s = step_of + run.origin;
+    const auto* s = source + run.origin;
     float* t = slab + run.position;
     int64_t i = 0;
     if (runs.lanes == 1) {
@@ -158,8 +155,8 @@ void pack_four_planes(const Runs& runs, const typename Stored<kElement>::Type* s
 }
 
 template <Element kElement>
-void pack_planes(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, float* slab) {
-  const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data) + first * view.channel_stride;
+void pack_planes(const Runs& runs, const ImageView& view, int64_t channels, int64_t plane, float* slab) {
+  const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data);
   for (int64_t c = 0; c < channels; ++c) {
     for (const Gap& gap : runs.gaps) fill_zero(slab + c * plane + gap.position, gap.length);
   }
@@ -168,25 +165,6 @@ void pack_planes(const Runs& runs, const ImageView& view, int64_t first, int64_t
     for (; c + 4 <= channels; c += 4) pack_four_planes<kElement>(runs, source + c, plane, slab + c * plane);
   }
   for (; c < channels; ++c) pack_plane<kElement>(runs, source + c * view.channel_stride, slab + c * plane);
-}
-
-template <Element kElement, bool kPlain>
-void finish_run(typename Stored<kElement>::Type* target, const typename Stored<kElement>::Type* residual, bool relu,
-                const float* sums, int64_t lanes, int64_t step, int64_t length) {
-  using Convert = Stored<kElement>;
-  if constexpr (kPlain) {
-    if (kElement == Element::kFloat32 && lanes == 1 && step == 1) {
-      return copy_floats(reinterpret_cast<float*>(target), sums, length);
-    }
-    for (int64_t i = 0; i < length; ++i) target[i * step] = Convert::store(sums[i * lanes]);
-  } else {
-    for (int64_t i = 0; i < length; ++i) {
-      float value = sums[i * lanes];
-      if (residual != nullptr) value += Convert::load(residual[i * step]);
-      if (relu && value < 0.0f) value = 0.0f;  // NaN stays
-      target[i * step] = Convert::store(value);
-    }
-  }
 }
 
 // The part of a run that lies in positions [position, position + count): elements [begin, end).
@@ -234,37 +212,60 @@ void unpack_images(const Runs& runs, const ImageView& view, const float* sums, i
   }
 }
 
-template <Element kElement, bool kPlain>
-void unpack_rows(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
-                 int64_t position, int64_t count, int64_t first, int64_t channels) {
-  using Type = typename Stored<kElement>::Type;
-  // With as many lanes as a vector has, a tile begins with the first of the images.
-  if (kPlain && kElement == Element::kFloat32 && runs.interleaved && runs.step == 1 && position % runs.lanes == 0 &&
-      count % runs.lanes == 0) {
-    return unpack_images(runs, view, sums, width, position, count, first, channels);
-  }
-  auto* target = static_cast<Type*>(view.data);
-  const auto* residual = static_cast<const Type*>(finish.residual);
+// piece(element of the target, sums, length) for the parts of runs that lie in positions [position, position + count).
+template <typename Piece>
+void for_each_part(const Runs& runs, const float* sums, int64_t position, int64_t count, const Piece& piece) {
   for (const Run& run : runs.runs) {
     const Part part = part_of(run, runs.lanes, position, count);
     if (part.begin >= part.end) continue;
-    const float* from = sums + (run.position + part.begin * runs.lanes - position);
-    const int64_t at = run.origin + part.begin * runs.step + first * view.channel_stride;
-    const int64_t length = part.end - part.begin;
-    if (kPlain && kElement == Element::kFloat32 && view.channel_stride == 1 && runs.lanes == 1) {
-      float* base = reinterpret_cast<float*>(target) + at;
+    piece(run.origin + part.begin * runs.step, sums + (run.position + part.begin * runs.lanes - position),
+          part.end - part.begin);
+  }
+}
+
+void unpack_floats(const Runs& runs, const ImageView& view, const float* sums, int64_t width, int64_t position,
+                   int64_t count, int64_t first, int64_t channels) {
+  // With as many lanes as a vector has, a tile begins with the first of the images.
+  if (runs.interleaved && runs.step == 1 && position % runs.lanes == 0 && count % runs.lanes == 0) {
+    return unpack_images(runs, view, sums, width, position, count, first, channels);
+  }
+  float* base = static_cast<float*>(view.data) + first * view.channel_stride;
+  for_each_part(runs, sums, position, count, [&](int64_t at, const float* from, int64_t length) {
+    if (view.channel_stride == 1 && runs.lanes == 1) {
       for (int64_t i = 0; i < length; ++i) {
-        float* pixel = base + i * runs.step;
+        float* pixel = base + at + i * runs.step;
         for (int64_t c = 0; c < channels; ++c) pixel[c] = from[c * width + i];
       }
-      continue;
+      return;
     }
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t to = at + c * view.channel_stride;
-      finish_run<kElement, kPlain>(target + to, residual == nullptr ? nullptr : residual + to, finish.relu,
-                                   from + c * width, runs.lanes, runs.step, length);
+      float* target = base + at + c * view.channel_stride;
+      const float* row = from + c * width;
+      if (runs.lanes == 1 && runs.step == 1) {
+        copy_floats(target, row, length);
+      } else {
+        for (int64_t i = 0; i < length; ++i) target[i * runs.step] = row[i * runs.lanes];
+      }
     }
-  }
+  });
+}
+
+// Rounded once, so finished on the way.
+void unpack_bfloat16(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t width,
+                     int64_t position, int64_t count, int64_t first, int64_t channels) {
+  for_each_part(runs, sums, position, count, [&](int64_t at, const float* from, int64_t length) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t to = at + (first + c) * view.channel_stride;
+      auto* target = static_cast<uint16_t*>(view.data) + to;
+      const auto* residual = finish.residual == nullptr ? nullptr : static_cast<const uint16_t*>(finish.residual) + to;
+      for (int64_t i = 0; i < length; ++i) {
+        float value = from[c * width + i * runs.lanes];
+        if (residual != nullptr) value += bfloat16_to_float(residual[i * runs.step]);
+        if (finish.relu && value < 0.0f) value = 0.0f;  // a NaN stays
+        target[i * runs.step] = float_to_bfloat16(value);
+      }
+    }
+  });
 }
 
 // One column of pixels, in pieces that end with an image.
@@ -284,28 +285,25 @@ void clamp_negative(float* values, int64_t count) {
 }
 
 // What was just unpacked, and is still in the cache, + residual, max 0 where relu: along whatever lies in one piece.
-void add_residual(const Runs& runs, const ImageView& view, const Finish& finish, int64_t position, int64_t count,
-                  int64_t first, int64_t channels) {
-  auto* target = static_cast<float*>(view.data);
-  const auto* residual = static_cast<const float*>(finish.residual);
-  const auto finish_piece = [&](int64_t at, int64_t length, int64_t step) {
-    for (int64_t i = 0; i < length; ++i) target[at + i * step] += residual[at + i * step];
-    for (int64_t i = 0; i < length && finish.relu; ++i) {
-      target[at + i * step] = target[at + i * step] < 0.0f ? 0.0f : target[at + i * step];
-    }
+void add_residual(const Runs& runs, const ImageView& view, const Finish& finish, const float* sums, int64_t position,
+                  int64_t count, int64_t first, int64_t channels) {
+  float* target = static_cast<float*>(view.data) + first * view.channel_stride;
+  const float* residual = static_cast<const float*>(finish.residual) + first * view.channel_stride;
+  const auto add = [&](int64_t at, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) target[at + i] += residual[at + i];
+    if (finish.relu) clamp_negative(target + at, length);
   };
-  for (const Run& run : runs.runs) {
-    const Part part = part_of(run, runs.lanes, position, count);
-    const int64_t start = run.origin + first * view.channel_stride;
+  for_each_part(runs, sums, position, count, [&](int64_t at, const float*, int64_t length) {
     if (view.channel_stride == 1) {
-      for (int64_t i = part.begin; i < part.end; ++i) finish_piece(start + i * runs.step, channels, 1);
-      continue;
+      for (int64_t i = 0; i < length; ++i) add(at + i * runs.step, channels);
+    } else if (runs.step == 1) {
+      for (int64_t c = 0; c < channels; ++c) add(at + c * view.channel_stride, length);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < length; ++i) add(at + c * view.channel_stride + i * runs.step, 1);
+      }
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at = start + c * view.channel_stride + part.begin * runs.step;
-      runs.step == 1 ? finish_piece(at, part.end - part.begin, 1) : finish_piece(at, part.end - part.begin, runs.step);
-    }
-  }
+  });
 }
 
 }  // namespace
@@ -351,24 +349,20 @@ Runs make_runs(const RunsOf& what, const ImageView& view) {
   return result;
 }
 
-void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, float* slab) {
+void pack(const Runs& runs, const ImageView& view, int64_t channels, int64_t plane, float* slab) {
   const bool floating = view.element == Element::kFloat32;
-  (floating ? pack_planes<Element::kFloat32> : pack_planes<Element::kBFloat16>)(runs, view, first, channels, plane,
-                                                                                slab);
+  (floating ? pack_planes<Element::kFloat32> : pack_planes<Element::kBFloat16>)(runs, view, channels, plane, slab);
 }
 
 void unpack(const Runs& runs, const ImageView& view, const Finish& finish, float* sums, int64_t width, int64_t position,
             int64_t count, int64_t first, int64_t channels) {
-  const Finish plain = {nullptr, false};
-  if (view.element == Element::kBFloat16) {  // rounded once, so finished on the way
-    const bool is_plain = finish.residual == nullptr && !finish.relu;
-    const auto run = is_plain ? unpack_rows<Element::kBFloat16, true> : unpack_rows<Element::kBFloat16, false>;
-    return run(runs, view, finish, sums, width, position, count, first, channels);
+  if (view.element == Element::kBFloat16) {
+    return unpack_bfloat16(runs, view, finish, sums, width, position, count, first, channels);
   }
   const bool relu_first = finish.relu && finish.residual == nullptr;
   for (int64_t c = 0; c < channels && relu_first; ++c) clamp_negative(sums + c * width, count);
-  unpack_rows<Element::kFloat32, true>(runs, view, plain, sums, width, position, count, first, channels);
-  if (finish.residual != nullptr) add_residual(runs, view, finish, position, count, first, channels);
+  unpack_floats(runs, view, sums, width, position, count, first, channels);
+  if (finish.residual != nullptr) add_residual(runs, view, finish, sums, position, count, first, channels);
 }
 
 }  // namespace granet::cpu

@@ -63,8 +63,8 @@ struct RunsOf {
 };
 Runs make_runs(const RunsOf& what, const ImageView& view);
 
-// slab[c * plane + position] for `channels` channels from `first` on.
-void pack(const Runs& runs, const ImageView& view, int64_t first, int64_t channels, int64_t plane, float* slab);
+// slab[c * plane + position] for `channels` channels.
+void pack(const Runs& runs, const ImageView& view, int64_t channels, int64_t plane, float* slab);
 
 // What becomes of a sum on its way into the target.
 struct Finish {

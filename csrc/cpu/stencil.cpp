@@ -7,6 +7,7 @@
 #include "cpu/stencil_tables.h"
 
 namespace granet::cpu {
+
 Stencil forward_stencil(const ConvShape& shape) {
   const auto reach = [](int64_t kernel, int64_t dilation, int64_t stride) { return (kernel - 1) * dilation / stride; };
   return {.batch = shape.batch,
@@ -49,7 +50,6 @@ constexpr int64_t kSlabBytes = int64_t{1} << 19;    // a packed band, half of a 
 constexpr int64_t kBlockBytes = int64_t{24} << 10;  // of a first-level cache of 32 KiB
 constexpr int64_t kRowProducts = 96;                // vectors that a row multiplies in a block
 constexpr int64_t kBandTiles = 4;                   // that a thread takes at once, in place
-constexpr int64_t kLine = 16;                       // floats in a cache line
 
 int64_t vector_floats() { return isa() == Isa::kAvx512 ? 16 : isa() == Isa::kAvx2 ? 8 : 4; }
 
@@ -90,7 +90,7 @@ Plan plan_in_place(const Stencil& s, int64_t entries) {
   plan.row = 1;
   plan.plane = s.source.h;
   plan.tile = best_tile(s.grid.h, plan.vector);
-  plan.groups = s.batch;
+  plan.image_groups = s.batch;
   plan.band = std::min(s.grid.h, kBandTiles * plan.tile * plan.vector);
   plan.bands = ceil_div(s.grid.h, plan.band);
   choose_blocks(s, entries, plan.tile * plan.vector, plan);
@@ -106,7 +106,7 @@ Plan plan_for(const Stencil& s, int64_t entries, bool in_place) {
   plan.row = row_length(s);
   const bool small = s.grid.w < 2 * plan.vector && s.batch >= plan.vector && s.source.w > 1;
   plan.lanes = small ? plan.vector : 1;
-  plan.groups = ceil_div(s.batch, plan.lanes);
+  plan.image_groups = ceil_div(s.batch, plan.lanes);
   const int64_t planes = s.channels * s.phases();
   const int64_t row_floats = plan.row * plan.lanes;
   const int64_t most_rows =

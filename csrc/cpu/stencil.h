@@ -66,20 +66,20 @@ Stencil input_gradient_stencil(const ConvShape& shape);
 // How a stencil is cut up: for the caches, for vectors, for threads. It depends on the shapes, on the width of a vector
 // and on the number of entries, never on the number of threads.
 struct Plan {
-  bool in_place;   // the source is read where it is, not packed: one column, and planes without gaps
-  int64_t lanes;   // images that are interleaved: position = (q * row + r) * lanes + image
-  int64_t row;     // grid columns from one row to the next, padding included
-  int64_t band;    // grid rows that are packed at once
-  int64_t bands;   // to cover the grid
-  int64_t plane;   // floats from one slab plane to the next
-  int64_t tile;    // vectors that are accumulated in registers
-  int64_t block;   // channels whose part of a tile stays in the first-level cache
-  int64_t blocks;  // to cover the channels
-  int64_t groups;  // of `lanes` images
-  int64_t vector;  // floats
+  bool in_place;         // the source is read where it is, not packed: one column, and planes without gaps
+  int64_t lanes;         // images that are interleaved: position = (q * row + r) * lanes + image
+  int64_t image_groups;  // of `lanes` images
+  int64_t row;           // grid columns from one row to the next, padding included
+  int64_t band;          // grid rows that are packed at once
+  int64_t bands;         // to cover the grid
+  int64_t plane;         // floats from one slab plane to the next
+  int64_t tile;          // vectors that are accumulated in registers
+  int64_t block;         // channels whose part of a tile stays in the first-level cache
+  int64_t blocks;        // to cover the channels
+  int64_t vector;        // floats
   int64_t positions() const { return band * row * lanes; }
   int64_t tiles(int64_t count) const { return (count + tile * vector - 1) / (tile * vector); }
-  int64_t units() const { return groups * bands; }
+  int64_t units() const { return image_groups * bands; }
 };
 
 // `entries` active weights. In place: a stencil of one column whose source and target planes are contiguous.

@@ -1,12 +1,11 @@
 #include "cpu/stencil_index.h"
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "common/bits.h"
+#include "cpu/active.h"
 
 namespace granet::cpu {
 namespace {
@@ -20,7 +19,8 @@ struct Step {
 
 class Steps {
  public:
-  Steps(const ConvShape& shape, WeightOrder order, Direction direction, const Plan& plan) : shape_(shape), plan_(plan) {
+  Steps(const ConvShape& shape, WeightOrder order, Direction direction, const Plan& plan)
+      : shape_(shape), plan_(plan), gradient_before_(input_gradient_stencil(shape).before) {
     steps_.reserve(static_cast<size_t>(shape.filter_size()));
     const int64_t c_outer = order == WeightOrder::kContiguous ? shape.group_channels() : 1;
     const int64_t c_inner = order == WeightOrder::kContiguous ? 1 : shape.group_channels();
@@ -57,35 +57,27 @@ class Steps {
     };
     const int64_t a = phase_of(kh, shape_.dilation.h, shape_.stride.h, shape_.padding.h);
     const int64_t b = phase_of(kw, shape_.dilation.w, shape_.stride.w, shape_.padding.w);
-    const Stencil stencil = input_gradient_stencil(shape_);
-    const int64_t up = floor_div(a + shape_.padding.h - shape_.dilation.h * kh, shape_.stride.h) + stencil.before.h;
-    const int64_t left = floor_div(b + shape_.padding.w - shape_.dilation.w * kw, shape_.stride.w) + stencil.before.w;
+    const int64_t up = floor_div(a + shape_.padding.h - shape_.dilation.h * kh, shape_.stride.h) + gradient_before_.h;
+    const int64_t left = floor_div(b + shape_.padding.w - shape_.dilation.w * kw, shape_.stride.w) + gradient_before_.w;
     return {0, (channel * shape_.stride.h + a) * shape_.stride.w + b, shift(up, left)};
   }
 
   const ConvShape& shape_;
   const Plan& plan_;
+  Pair gradient_before_;  // of the input gradient's stencil
   std::vector<Step> steps_;
 };
 
-// entry(filter, element of the filter, weight) for every active weight, in storage order.
+// entry(filter, element of the filter) for every active weight, in storage order.
 template <typename Entry>
-void for_each_active(const uint8_t* mask, const ConvShape& shape, const Entry& entry) {
+void for_each_entry(const uint8_t* mask, const ConvShape& shape, const Entry& entry) {
   const int64_t size = shape.filter_size();
-  const int64_t bytes = mask_bytes(shape.weights());
   int64_t filter = 0;
   int64_t first = 0;  // weight of the filter
-  for (int64_t byte = 0; byte < bytes; byte += 8) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, mask + byte, static_cast<size_t>(std::min<int64_t>(8, bytes - byte)));
-    const int64_t rest = shape.weights() - byte * kWeightsPerByte;
-    if (rest < 64) bits &= (uint64_t{1} << rest) - 1;  // somebody may have set bits behind the last weight
-    for (; bits != 0; bits &= bits - 1) {
-      const int64_t weight = byte * kWeightsPerByte + std::countr_zero(bits);
-      while (weight - first >= size) first += size, ++filter;
-      entry(filter, weight - first, weight);
-    }
-  }
+  for_each_active(mask, shape.weights(), [&](int64_t weight) {
+    while (weight - first >= size) first += size, ++filter;
+    entry(filter, weight - first);
+  });
 }
 
 struct Entry {
@@ -122,19 +114,13 @@ int64_t rows_of(const ConvShape& shape, Direction direction) {
 
 }  // namespace
 
-int64_t count_weights(const uint8_t* mask, const ConvShape& shape) {
-  int64_t active = 0;
-  for_each_active(mask, shape, [&](int64_t, int64_t, int64_t) { ++active; });
-  return active;
-}
-
 int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                       const Plan& plan, int64_t* begin) {
   const int64_t rows = rows_of(shape, direction);
   const int64_t groups = plan.blocks * rows;
   std::fill_n(begin, groups + 1, int64_t{0});
   const Entries entries(shape, order, direction, plan);
-  for_each_active(mask, shape, [&](int64_t filter, int64_t element, int64_t) {
+  for_each_entry(mask, shape, [&](int64_t filter, int64_t element) {
     const Entry entry = entries.of(filter, element);
     ++begin[entry.channel / plan.block * rows + entry.row + 1];
   });
@@ -142,17 +128,17 @@ int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder o
   return begin[groups];
 }
 
-void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction, bool ranked,
+void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                   const Plan& plan, const StencilIndex& index) {
   const int64_t rows = rows_of(shape, direction);
   const Entries entries(shape, order, direction, plan);
   std::vector<int64_t> next(index.begin, index.begin + plan.blocks * rows);
   int32_t rank = 0;
-  for_each_active(mask, shape, [&](int64_t filter, int64_t element, int64_t weight) {
+  for_each_entry(mask, shape, [&](int64_t filter, int64_t element) {
     const Entry entry = entries.of(filter, element);
     const int64_t at = next[static_cast<size_t>(entry.channel / plan.block * rows + entry.row)]++;
     index.offset[at] = static_cast<int32_t>(entry.offset);
-    index.source[at] = ranked ? rank++ : static_cast<int32_t>(weight);
+    index.rank[at] = rank++;
   });
 }
 

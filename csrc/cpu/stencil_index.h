@@ -17,18 +17,15 @@ enum class WeightOrder { kContiguous, kChannelsLast };
 struct StencilIndex {
   int64_t* begin;   // blocks * rows + 1
   int32_t* offset;  // where its slab plane and shift lie
-  int32_t* source;  // which weight, in storage order; or, where ranked, which active weight
+  int32_t* rank;    // which of the active weights it is, in storage order
 };
 
-// The active weights, which are the entries of every index. Bits behind the last weight do not count here or below.
-int64_t count_weights(const uint8_t* mask, const ConvShape& shape);
-
-// Fills begin; returns the number of entries.
+// Fills begin; returns the number of entries, which is that of the active weights.
 int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                       const Plan& plan, int64_t* begin);
 
-// Fills offset and source, after count_entries. An entry's place depends on the mask alone.
-void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction, bool ranked,
+// Fills offset and rank, after count_entries. An entry's place depends on the mask alone.
+void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                   const Plan& plan, const StencilIndex& index);
 
 // Whether 32-bit offsets reach every float of a slab.

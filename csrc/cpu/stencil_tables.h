@@ -5,6 +5,7 @@
 
 namespace granet::cpu {
 
+constexpr int64_t kLine = 16;        // floats in a cache line
 constexpr int64_t kMostVectors = 8;  // of a tile: with the weight and an address, what AVX2's 16 registers hold
 
 // As StencilIndex, with the values of the weights.

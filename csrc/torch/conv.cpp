@@ -3,7 +3,7 @@
 // The public operators (namespace granet) have checked every argument, and backends/cpp/conv.py has built the index for
 // the shapes at hand. What is checked again here is what keeps a direct call from reading or writing out of bounds.
 #include <cstddef>
-#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,7 +15,9 @@
 
 #include "common/bfloat16.h"
 #include "common/bits.h"
+#include "cpu/active.h"
 #include "cpu/conv.h"
+#include "cpu/large_pages.h"
 #include "cpu/stencil_index.h"
 #include "torch/checks.h"
 #include "torch/parallel.h"
@@ -123,13 +125,11 @@ cpu::WeightOrder order_of(bool channels_last) {
 Direction direction_of(bool input_gradient) { return input_gradient ? Direction::kInputGradient : Direction::kForward; }
 
 std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, bool channels_last, bool input_gradient,
-                                  bool ranked, bool in_place) {
+                                  bool in_place) {
   const ConvShape shape = shape_of(numbers);
   check_in_place(shape, in_place);
-  STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
-                      mask.numel() >= mask_bytes(shape.weights()),
-                  "mask: expected a contiguous uint8 tensor on the CPU with a bit for each weight");
-  const int64_t active = cpu::count_weights(static_cast<const uint8_t*>(mask.const_data_ptr()), shape);
+  check_packed(mask, shape.weights(), "mask");
+  const int64_t active = cpu::count_weights(static_cast<const uint8_t*>(mask.const_data_ptr()), shape.weights());
   const Work work = work_of(shape, direction_of(input_gradient), active, in_place);
   STD_TORCH_CHECK(cpu::offsets_fit(work.stencil, work.plan), "shape: too large for the sparse convolution");
   Tensor begin = torch::stable::new_empty(mask, {work.plan.blocks * work.stencil.rows() + 1}, ScalarType::Long);
@@ -139,36 +139,35 @@ std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, boo
   const Direction direction = direction_of(input_gradient);
   const int64_t entries = cpu::count_entries(bits, work.shape, order, direction, work.plan, begins);
   Tensor offset = torch::stable::new_empty(mask, {entries}, ScalarType::Int);
-  Tensor source = torch::stable::new_empty(mask, {entries}, ScalarType::Int);
+  Tensor rank = torch::stable::new_empty(mask, {entries}, ScalarType::Int);
   cpu::fill_entries(
-      bits, work.shape, order, direction, ranked, work.plan,
-      {begins, static_cast<int32_t*>(offset.mutable_data_ptr()), static_cast<int32_t*>(source.mutable_data_ptr())});
-  return {begin, offset, source};
+      bits, work.shape, order, direction, work.plan,
+      {begins, static_cast<int32_t*>(offset.mutable_data_ptr()), static_cast<int32_t*>(rank.mutable_data_ptr())});
+  return {begin, offset, rank};
 }
 
-constexpr int64_t kChunk = 16384;  // entries that a thread takes at once
+// Where the active weights are, in storage order.
+Tensor active_positions(Tensor mask, int64_t weights) {
+  check_packed(mask, weights, "mask");
+  STD_TORCH_CHECK(weights <= std::numeric_limits<int32_t>::max(), "weights: too many for 32-bit positions");
+  const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
+  Tensor positions = torch::stable::new_empty(mask, {cpu::count_weights(bits, weights)}, ScalarType::Int);
+  cpu::list_active(bits, weights, static_cast<int32_t*>(positions.mutable_data_ptr()));
+  return positions;
+}
 
-// values[e] = weight[source[e]] in float32, rounded to bfloat16 first if asked.
-Tensor gather_values(Tensor weight, Tensor source, bool to_bfloat16) {
-  check_contiguous(source, ScalarType::Int, "source", "int32");
-  const bool bfloat16 = element_of(weight, "weight") == cpu::Element::kBFloat16;
-  const int64_t count = source.numel();
-  Tensor gathered = torch::stable::new_empty(source, {count}, ScalarType::Float);
-  const auto* from = static_cast<const int32_t*>(source.const_data_ptr());
-  auto* values = static_cast<float*>(gathered.mutable_data_ptr());
-  const void* data = weight.const_data_ptr();
-  TorchThreads().for_each(ceil_div(count, kChunk), [&](int64_t chunk) {
-    const int64_t end = std::min(count, (chunk + 1) * kChunk);
-    if (bfloat16) {
-      for (int64_t e = chunk * kChunk; e < end; ++e) {
-        values[e] = bfloat16_to_float(static_cast<const uint16_t*>(data)[from[e]]);
-      }
-      return;
-    }
-    for (int64_t e = chunk * kChunk; e < end; ++e) values[e] = static_cast<const float*>(data)[from[e]];
-    for (int64_t e = chunk * kChunk; e < end && to_bfloat16; ++e) values[e] = round_to_bfloat16(values[e]);
-  });
-  return gathered;
+// source[at] in float32, rounded to bfloat16 first if asked.
+Tensor gather(Tensor source, Tensor at, bool to_bfloat16) {
+  check_contiguous(at, ScalarType::Int, "at", "int32");
+  Tensor values = torch::stable::new_empty(at, {at.numel()}, ScalarType::Float);
+  cpu::gather(source.const_data_ptr(), element_of(source, "source"), static_cast<const int32_t*>(at.const_data_ptr()),
+              at.numel(), to_bfloat16, static_cast<float*>(values.mutable_data_ptr()), TorchThreads());
+  return values;
+}
+
+// Of a tensor that is about to be filled.
+void prefer_large_pages(const Tensor& tensor) {
+  cpu::prefer_large_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
 }
 
 // The first two tensors of an index, and the values of its entries (null where they are not needed).
@@ -218,6 +217,7 @@ void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor
     }
   }
   const cpu::Finish finish{residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
+  prefer_large_pages(target);
   cpu::run_stencil(work.stencil, work.plan, entries, source, biases, finish, result, TorchThreads());
 }
 
@@ -233,35 +233,13 @@ void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor val
   const ImageView target = view_of(gradient, "gradient", is_pointwise(shape));
   check_planes(source, shape, in_place, "grad_output");
   check_planes(target, shape, in_place, "gradient");
+  prefer_large_pages(gradient);
   cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target, TorchThreads());
-}
-
-// gradient[source[e]] = sums[e], zero elsewhere.
-void scatter_gradient(const Tensor& gradient, const Tensor& source, const float* sums) {
-  const bool bfloat16 = element_of(gradient, "gradient") == cpu::Element::kBFloat16;
-  const int64_t bytes = gradient.numel() * (bfloat16 ? 2 : 4);
-  const int64_t count = source.numel();
-  const auto* to = static_cast<const int32_t*>(source.const_data_ptr());
-  auto* data = static_cast<std::byte*>(gradient.mutable_data_ptr());
-  constexpr int64_t kPiece = int64_t{1} << 18;  // bytes
-  TorchThreads().for_each(ceil_div(bytes, kPiece), [&](int64_t piece) {
-    std::memset(data + piece * kPiece, 0, static_cast<size_t>(std::min(kPiece, bytes - piece * kPiece)));
-  });
-  TorchThreads().for_each(ceil_div(count, kChunk), [&](int64_t chunk) {
-    const int64_t end = std::min(count, (chunk + 1) * kChunk);
-    for (int64_t e = chunk * kChunk; e < end; ++e) {
-      if (bfloat16) {
-        reinterpret_cast<uint16_t*>(data)[to[e]] = float_to_bfloat16(sums[e]);
-      } else {
-        reinterpret_cast<float*>(data)[to[e]] = sums[e];
-      }
-    }
-  });
 }
 
 // gradient, whose storage order is the weight's: zero but for the active weights.
 void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor input, std::vector<Tensor> index,
-                                  std::vector<int64_t> numbers, bool in_place) {
+                                  Tensor positions, std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
   check_in_place(shape, in_place);
   const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
@@ -274,24 +252,29 @@ void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
   check_planes(source, shape, in_place, "input");
   check_planes(factor, shape, in_place, "grad_output");
   const int64_t count = index[2].numel();
+  check_contiguous(positions, ScalarType::Int, "positions", "int32");
+  STD_TORCH_CHECK(positions.numel() == count, "positions: expected ", count, " elements, got ", positions.numel());
   const int64_t parts = cpu::gradient_parts(work.plan);
-  Tensor partial = torch::stable::new_empty(index[2], {count * (parts + 1)}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(positions, {count * (parts + 1)}, ScalarType::Float);
   auto* partials = static_cast<float*>(partial.mutable_data_ptr());
   float* sums = partials + count * parts;
-  cpu::correlate_stencil(work.stencil, work.plan, entries, count, source, factor, partials, sums, TorchThreads());
+  cpu::correlate_stencil(work.stencil, work.plan, entries, static_cast<const int32_t*>(index[2].const_data_ptr()),
+                         count, source, factor, partials, sums, TorchThreads());
   if (source.element == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
-    for (int64_t e = 0; e < count; ++e) sums[e] = round_to_bfloat16(sums[e]);
+    for (int64_t i = 0; i < count; ++i) sums[i] = round_to_bfloat16(sums[i]);
   }
-  scatter_gradient(gradient, index[2], sums);
+  prefer_large_pages(gradient);
+  cpu::spread(sums, static_cast<const int32_t*>(positions.const_data_ptr()), count,
+              gradient.mutable_data_ptr(), element_of(gradient, "gradient"), shape.weights(), TorchThreads());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def(
-      "stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool ranked, bool in_place) -> "
-      "Tensor[]");
-  m.def("gather_values(Tensor weight, Tensor source, bool to_bfloat16) -> Tensor");
+      "stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool in_place) -> Tensor[]");
+  m.def("active_positions(Tensor mask, int weights) -> Tensor");
+  m.def("gather(Tensor source, Tensor at, bool to_bfloat16) -> Tensor");
   m.def(
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");
@@ -299,13 +282,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "sparse_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor values, Tensor[] index, int[] "
       "shape, bool in_place) -> ()");
   m.def(
-      "sparse_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor[] index, int[] "
-      "shape, bool in_place) -> ()");
+      "sparse_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor[] index, Tensor "
+      "positions, int[] shape, bool in_place) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
   m.impl("stencil_index", TORCH_BOX(&stencil_index));
-  m.impl("gather_values", TORCH_BOX(&gather_values));
+  m.impl("active_positions", TORCH_BOX(&active_positions));
+  m.impl("gather", TORCH_BOX(&gather));
   m.impl("sparse_conv_", TORCH_BOX(&sparse_conv_));
   m.impl("sparse_conv_input_gradient_", TORCH_BOX(&sparse_conv_input_gradient_));
   m.impl("sparse_conv_weight_gradient_", TORCH_BOX(&sparse_conv_weight_gradient_));

@@ -9,6 +9,7 @@
 #include "common/bits.h"
 #include "cpu/conv.h"
 #include "cpu/mask.h"
+#include "cpu/active.h"
 #include "cpu/stencil_index.h"
 #include "threads.h"
 
@@ -132,7 +133,8 @@ void expect_close(const char* what, const Floats& got, const Floats& expected, c
 struct BuiltIndex {
   std::vector<int64_t> begin;
   std::vector<int32_t> offset;
-  std::vector<int32_t> source;
+  std::vector<int32_t> rank;
+  std::vector<int32_t> positions;
   Floats values;
   Stencil stencil;
   Plan plan;
@@ -142,17 +144,22 @@ struct BuiltIndex {
 
 BuiltIndex build(const Problem& p, const ConvShape& shape, Direction direction, bool in_place) {
   BuiltIndex index;
-  const int64_t active = count_active(p.mask.data(), static_cast<int64_t>(p.mask.size()));
+  const int64_t active_count = count_weights(p.mask.data(), shape.weights());
   index.stencil = direction == Direction::kForward ? forward_stencil(shape) : input_gradient_stencil(shape);
-  index.plan = plan_for(index.stencil, active, in_place);
+  index.plan = plan_for(index.stencil, active_count, in_place);
   index.begin.resize(static_cast<size_t>(index.plan.blocks * index.stencil.rows() + 1));
   const auto count = static_cast<size_t>(
       count_entries(p.mask.data(), shape, WeightOrder::kContiguous, direction, index.plan, index.begin.data()));
   index.offset.resize(count);
-  index.source.resize(count);
-  fill_entries(p.mask.data(), shape, WeightOrder::kContiguous, direction, false, index.plan,
-               {index.begin.data(), index.offset.data(), index.source.data()});
-  for (const int32_t weight : index.source) index.values.push_back(p.weight[static_cast<size_t>(weight)]);
+  index.rank.resize(count);
+  index.positions.resize(count);
+  list_active(p.mask.data(), shape.weights(), index.positions.data());
+  fill_entries(p.mask.data(), shape, WeightOrder::kContiguous, direction, index.plan,
+               {index.begin.data(), index.offset.data(), index.rank.data()});
+  Floats active(count);
+  gather(p.weight.data(), Element::kFloat32, index.positions.data(), active_count, false, active.data(), Serial());
+  index.values.resize(count);
+  gather(active.data(), Element::kFloat32, index.rank.data(), active_count, false, index.values.data(), Serial());
   return index;
 }
 
@@ -199,16 +206,18 @@ void check(const Problem& p, const Parallel& parallel) {
   for_each_product(s, expected_input, grad_output, [&](size_t w, float& x, float y) { x += p.weight[w] * y; });
   expect_close("gradient of the input", grad_input.values, expected_input.values, p);
 
-  const auto count = static_cast<int64_t>(forward.source.size());
+  const auto count = static_cast<int64_t>(forward.rank.size());
   Floats partial(static_cast<size_t>(gradient_parts(forward.plan) * count));
   Floats gradient(static_cast<size_t>(count));
-  correlate_stencil(forward.stencil, forward.plan, forward.entries(), count, view(input), view(grad_output),
-                    partial.data(), gradient.data(), parallel);
+  correlate_stencil(forward.stencil, forward.plan, forward.entries(), forward.rank.data(), count, view(input),
+                    view(grad_output), partial.data(), gradient.data(), parallel);
   Floats products(p.weight.size());
   for_each_product(s, input, grad_output, [&](size_t w, float x, float y) { products[w] += x * y; });
-  Floats expected_gradient;
-  for (const int32_t weight : forward.source) expected_gradient.push_back(products[static_cast<size_t>(weight)]);
-  expect_close("gradient of the weight", gradient, expected_gradient, p);
+  for (size_t w = 0; w < products.size(); ++w) products[w] = p.weight[w] == 0.0f ? 0.0f : products[w];
+  Floats spread_gradient(products.size(), 7.0f);
+  spread(gradient.data(), forward.positions.data(), count, spread_gradient.data(), Element::kFloat32, s.weights(),
+         parallel);
+  expect_close("gradient of the weight", spread_gradient, products, p);
 }
 
 void test_threads_change_nothing() {

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from granet_kernels.backends.cpp.conv import COMPUTED, conv_shape, evenly_spaced
-from granet_kernels.backends.cpp.cost import prefers_sparse
+from granet_kernels.backends.cpp.conv import conv_shape, evenly_spaced
+from granet_kernels.backends.cpp.cost import chooses_sparse
 from granet_kernels.backends.cpp.index import (
     MOST_SHAPES,
     Access,
@@ -26,7 +26,6 @@ from granet_kernels.backends.cpp.index import (
 )
 from granet_kernels.backends.cpp.linear import as_rows, linear_shape
 from granet_kernels.backends.cpp.mask import unpack_mask
-from granet_kernels.choices import note_choice
 from granet_kernels.layout import conv_memory_format
 
 
@@ -50,7 +49,7 @@ class StoredWeight:
         key = (shape, access)
         if key not in self._ordered:
             index = self._active.index(shape, access, "forward")
-            self._ordered[key] = (index, index.values(values, torch.float32))
+            self._ordered[key] = (index, index.order(values))
             if len(self._ordered) > MOST_SHAPES:
                 self._ordered.pop(next(iter(self._ordered)), None)
         return self._ordered[key]
@@ -102,7 +101,7 @@ def compressed_conv2d(
     stored = stored_weight(values, mask)
     shape = conv_shape(input, weight_shape, stride, padding, dilation, groups)
     memory_format = conv_memory_format(input, input)
-    if not chooses_sparse(shape, input, values, mask, algorithm):
+    if not chooses_sparse(shape, input, values, mask, values.numel(), algorithm):
         dtype = torch.promote_types(input.dtype, torch.float32)
         weight = stored.dense(values, mask, weight_shape, dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -119,7 +118,7 @@ def compressed_conv2d(
         residual = torch.empty_like(output).copy_(residual)
     input = evenly_spaced(input)
     in_place = readable_in_place(shape, input, output)
-    access = Access(channels_last=False, in_place=in_place, ranked=True)
+    access = Access(channels_last=False, in_place=in_place)
     run_sparse(
         output, input, stored.ordered(values, shape, access), bias, residual, relu, shape, access
     )
@@ -139,34 +138,17 @@ def compressed_linear(
     """input @ weight.T + bias, then ReLU; rounded once, to the dtype of the input."""
     stored = stored_weight(values, mask)
     shape = linear_shape(input, weight_shape)
-    if not chooses_sparse(shape, input, values, mask, algorithm):
+    if not chooses_sparse(shape, input, values, mask, values.numel(), algorithm):
         dtype = torch.promote_types(input.dtype, torch.float32)
         weight = stored.dense(values, mask, weight_shape, dtype)
         output = F.linear(input.to(dtype), weight, None if bias is None else bias.to(dtype))
         return finished(output, relu, input.dtype)
     output = input.new_empty((*input.shape[:-1], weight_shape[0]))
-    access = Access(channels_last=False, in_place=False, ranked=True)
+    access = Access(channels_last=False, in_place=False)
     rows = output.view(-1, weight_shape[0])
     ordered = stored.ordered(values, shape, access)
     run_sparse(rows, as_rows(input), ordered, bias, None, relu, shape, access)
     return output
-
-
-def chooses_sparse(
-    shape: Shape, input: Tensor, values: Tensor, mask: Tensor, algorithm: str
-) -> bool:
-    """Whether the sparse kernels compute this layer."""
-    possible = (
-        input.dtype in COMPUTED
-        and values.dtype in COMPUTED
-        and 0 not in shape[: shape._fields.index("padding_h")]
-    )
-    if algorithm == "auto":
-        sparse = possible and prefers_sparse(shape, values.numel(), input.dtype)
-    else:
-        sparse = possible and algorithm == "sparse"
-    note_choice(mask, "sparse" if sparse else "dense")
-    return sparse
 
 
 def run_sparse(

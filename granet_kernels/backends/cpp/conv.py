@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from granet_kernels.backends.cpp.cost import prefers_sparse
+from granet_kernels.backends.cpp.cost import chooses_sparse
 from granet_kernels.backends.cpp.index import (
     Access,
     ActiveWeights,
@@ -21,10 +21,7 @@ from granet_kernels.backends.cpp.index import (
     readable_in_place,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
-from granet_kernels.choices import note_choice
 from granet_kernels.layout import conv_memory_format
-
-COMPUTED = (torch.float32, torch.bfloat16)
 
 
 def masked_conv2d(
@@ -43,7 +40,7 @@ def masked_conv2d(
     shape = conv_shape(input, weight.shape, stride, padding, dilation, groups)
     memory_format = conv_memory_format(input, weight)
     active = active_weights(mask)
-    if not chooses_sparse(shape, input, weight, mask, active, algorithm):
+    if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
         bias = None if bias is None else bias.to(input.dtype)
         masked = mask_cast(weight, mask, input.dtype)
         output = F.conv2d(input, masked, bias, stride, padding, dilation, groups)
@@ -56,7 +53,8 @@ def masked_conv2d(
     input = evenly_spaced(input)
     access = access_of(shape, weight, input, output)
     index = active.index(shape, access, "forward")
-    sparse_output(output, input, index, index.values(weight, input.dtype), bias, shape, access)
+    values = active.values(weight, index, input.dtype)
+    sparse_output(output, input, index, values, bias, shape, access)
     return output
 
 
@@ -79,7 +77,7 @@ def masked_conv2d_backward(
     shape = conv_shape(input, weight.shape, stride, padding, dilation, groups)
     needs_input, needs_weight, needs_bias = needs
     active = active_weights(mask)
-    sparse = chooses_sparse(shape, input, weight, mask, active, algorithm)
+    sparse = chooses_sparse(shape, input, weight, mask, active.count, algorithm)
     sparse_weight = sparse and not bool(dense_grad)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     dense_needs = [needs_input and not sparse, needs_weight and not sparse_weight, False]
@@ -131,7 +129,7 @@ def sparse_input_gradient(
     target, source = evenly_spaced(gradient), evenly_spaced(grad_output)
     access = access_of(shape, weight, target, source)
     index = active.index(shape, access, "input_gradient")
-    values = index.values(weight, gradient.dtype)
+    values = active.values(weight, index, gradient.dtype)
     torch.ops.granet_cpp.sparse_conv_input_gradient_.default(
         target, source, values, index, list(shape), access.in_place
     )
@@ -147,31 +145,14 @@ def sparse_weight_gradient(
     access = access_of(shape, gradient, source, factor)
     index = active.index(shape, access, "forward")
     torch.ops.granet_cpp.sparse_conv_weight_gradient_.default(
-        gradient, factor, source, index, list(shape), access.in_place
+        gradient,
+        factor,
+        source,
+        index,
+        active.positions(gradient.numel()),
+        list(shape),
+        access.in_place,
     )
-
-
-def chooses_sparse(
-    shape: Shape,
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    active: ActiveWeights,
-    algorithm: str,
-) -> bool:
-    """Whether the sparse kernels compute this layer; noted for the layer's ``repr``."""
-    possible = (
-        input.dtype in COMPUTED
-        and weight.dtype in COMPUTED
-        and 0 not in (*input.shape, *weight.shape)
-        and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
-    )
-    if algorithm == "auto":
-        sparse = possible and prefers_sparse(shape, active.count, input.dtype)
-    else:
-        sparse = possible and algorithm == "sparse"
-    note_choice(mask, "sparse" if sparse else "dense")
-    return sparse
 
 
 def conv_shape(

@@ -38,6 +38,12 @@ class Shape(NamedTuple):
     groups: int
 
     @property
+    def weights(self) -> int:
+        """Their number, active or not."""
+        filter_size = self.channels // max(self.groups, 1) * self.kernel_h * self.kernel_w
+        return self.out_channels * filter_size
+
+    @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the output."""
         return (
@@ -60,8 +66,6 @@ class Access(NamedTuple):
     """The storage order of the weight, and so of the mask."""
     in_place: bool
     """The source is read where it is, not packed first (see :func:`readable_in_place`)."""
-    ranked: bool = False
-    """Values come from a list of the active weights, not from the whole weight."""
 
 
 LONGEST_TILE = 128  # pixels that a kernel sums at once
@@ -94,15 +98,18 @@ class Index(NamedTuple):
     """int64: where the entries of each (block of source channels, row) begin."""
     offset: Tensor
     """int32: where in the packed source an entry looks."""
-    source: Tensor
-    """int32: which weight it is, in storage order; or, if ranked, which active weight."""
+    rank: Tensor
+    """int32: which of the active weights it is, in storage order."""
 
-    def values(self, weight: Tensor, compute: torch.dtype) -> Tensor:
-        """float32: the entries' weights, rounded to the dtype that the layer computes in."""
-        gathered: Tensor = torch.ops.granet_cpp.gather_values.default(
-            weight, self.source, compute == torch.bfloat16
-        )
-        return gathered
+    def order(self, values: Tensor) -> Tensor:
+        """float32: values of the active weights, in the order of the entries."""
+        return gather(values, self.rank)
+
+
+def gather(source: Tensor, at: Tensor, *, to_bfloat16: bool = False) -> Tensor:
+    """``source[at]`` in float32, of tensors in storage order; rounded to bfloat16 first if asked."""
+    gathered: Tensor = torch.ops.granet_cpp.gather.default(source, at, to_bfloat16)
+    return gathered
 
 
 class ActiveWeights:
@@ -111,6 +118,7 @@ class ActiveWeights:
     def __init__(self, mask: Tensor) -> None:
         self._bits = mask.clone()
         self._indexes: OrderedDict[Key, Index] = OrderedDict()
+        self._positions: Tensor | None = None
         self.count = int(torch.ops.granet_cpp.count_active.default([mask]))
 
     def are_those_of(self, mask: Tensor) -> bool:
@@ -118,6 +126,17 @@ class ActiveWeights:
         if mask.storage_offset() % 8 == 0:  # a word at a time takes a fifth
             return torch.equal(self._bits.view(torch.int64), mask.view(torch.int64))
         return torch.equal(self._bits, mask)
+
+    def positions(self, weights: int) -> Tensor:
+        """int32: where the active ones of ``weights`` are, in storage order."""
+        if self._positions is None:
+            self._positions = torch.ops.granet_cpp.active_positions.default(self._bits, weights)
+        return self._positions
+
+    def values(self, weight: Tensor, index: Index, compute: torch.dtype) -> Tensor:
+        """float32: an index's weights, rounded to the dtype that the layer computes in."""
+        positions = self.positions(weight.numel())
+        return index.order(gather(weight, positions, to_bfloat16=compute == torch.bfloat16))
 
     def index(self, shape: Shape, access: Access, direction: Direction) -> Index:
         """The index for a shape."""
@@ -133,7 +152,6 @@ class ActiveWeights:
                 list(shape),
                 access.channels_last,
                 backward,
-                access.ranked,
                 access.in_place,
             )
         )

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from granet_kernels.backends.cpp.conv import (
-    chooses_sparse,
     sparse_input_gradient,
     sparse_output,
     sparse_weight_gradient,
 )
+from granet_kernels.backends.cpp.cost import chooses_sparse
 from granet_kernels.backends.cpp.index import Access, Shape, active_weights
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
 
@@ -27,13 +27,13 @@ def masked_linear(
     """input @ (weight where active).T + bias, in the dtype of the input."""
     shape = linear_shape(input, weight.shape)
     active = active_weights(mask)
-    if not chooses_sparse(shape, input, weight, mask, active, algorithm):
+    if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
         bias = None if bias is None else bias.to(input.dtype)
         return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
     output = input.new_empty((*input.shape[:-1], weight.size(0)))
     access = Access(channels_last=False, in_place=False)
     index = active.index(shape, access, "forward")
-    values = index.values(weight, input.dtype)
+    values = active.values(weight, index, input.dtype)
     sparse_output(
         output.view(-1, weight.size(0)), as_rows(input), index, values, bias, shape, access
     )
@@ -55,7 +55,7 @@ def masked_linear_backward(
     shape = linear_shape(input, weight.shape)
     needs_input, needs_weight, needs_bias = needs
     active = active_weights(mask)
-    sparse = chooses_sparse(shape, input, weight, mask, active, algorithm)
+    sparse = chooses_sparse(shape, input, weight, mask, active.count, algorithm)
     gradients = []
     if needs_input:
         gradient = torch.empty_like(input)
