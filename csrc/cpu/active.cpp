@@ -5,7 +5,7 @@
 namespace granet::cpu {
 namespace {
 
-constexpr int64_t kGathered = 16384;       // values that a thread takes at once
+constexpr int64_t kGathered = 16384;           // values that a thread takes at once
 constexpr int64_t kSpread = int64_t{1} << 16;  // weights that are cleared, and then written, while in the cache
 
 template <typename Type, typename Convert>

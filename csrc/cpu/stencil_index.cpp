@@ -128,8 +128,8 @@ int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder o
   return begin[groups];
 }
 
-void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
-                  const Plan& plan, const StencilIndex& index) {
+void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction, const Plan& plan,
+                  const StencilIndex& index) {
   const int64_t rows = rows_of(shape, direction);
   const Entries entries(shape, order, direction, plan);
   std::vector<int64_t> next(index.begin, index.begin + plan.blocks * rows);

@@ -25,8 +25,8 @@ int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder o
                       const Plan& plan, int64_t* begin);
 
 // Fills offset and rank, after count_entries. An entry's place depends on the mask alone.
-void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
-                  const Plan& plan, const StencilIndex& index);
+void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction, const Plan& plan,
+                  const StencilIndex& index);
 
 // Whether 32-bit offsets reach every float of a slab.
 bool offsets_fit(const Stencil& stencil, const Plan& plan);

@@ -264,15 +264,14 @@ void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
     for (int64_t i = 0; i < count; ++i) sums[i] = round_to_bfloat16(sums[i]);
   }
   prefer_large_pages(gradient);
-  cpu::spread(sums, static_cast<const int32_t*>(positions.const_data_ptr()), count,
-              gradient.mutable_data_ptr(), element_of(gradient, "gradient"), shape.weights(), TorchThreads());
+  cpu::spread(sums, static_cast<const int32_t*>(positions.const_data_ptr()), count, gradient.mutable_data_ptr(),
+              element_of(gradient, "gradient"), shape.weights(), TorchThreads());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
-  m.def(
-      "stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool in_place) -> Tensor[]");
+  m.def("stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool in_place) -> Tensor[]");
   m.def("active_positions(Tensor mask, int weights) -> Tensor");
   m.def("gather(Tensor source, Tensor at, bool to_bfloat16) -> Tensor");
   m.def(

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "common/bits.h"
+#include "cpu/active.h"
 #include "cpu/conv.h"
 #include "cpu/mask.h"
-#include "cpu/active.h"
 #include "cpu/stencil_index.h"
 #include "threads.h"
 
