@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, mask_cast, pack_mask
+from granet_kernels import (
+    MaskedConv2d,
+    MaskedLinear,
+    MaskedSGD,
+    mask_cast,
+    masked_linear,
+    pack_mask,
+)
 from granet_kernels.backends.cpp.cost import prefers_sparse
 from granet_kernels.backends.cpp.index import Shape
 
@@ -30,9 +37,12 @@ def test_repr_shows_what_was_chosen():
 
 def test_unknown_algorithm_is_refused():
     layer = MaskedLinear(3, 2)
-    layer.algorithm = "fast"
-    with pytest.raises(ValueError, match=r"algorithm: expected one of .*'sparse'.* got 'fast'"):
-        layer(torch.ones(1, 3))
+    refused = pytest.raises(ValueError, match=r"algorithm: expected one of .*'sparse'.* got 'fast'")
+    with refused:
+        layer.algorithm = "fast"
+    assert layer.algorithm == "auto"
+    with refused:
+        masked_linear(torch.ones(1, 3), layer.weight, layer.packed_mask, algorithm="fast")
 
 
 def test_cost_grows_with_active_weights_and_decides_once():

@@ -131,13 +131,13 @@ def test_build_info():
     native = granet_kernels.build_info()["native"]
     assert set(native) == {
         *("version", "compiler", "cxx_standard", "torch_abi_target", "torch_built_against"),
-        *("cpu_isa", "cpu_kernels", "cuda_toolkit", "cuda_architectures"),
+        *("cpu_baseline", "cpu_kernels", "cuda_toolkit", "cuda_architectures"),
     }
     assert f'version = "{native["version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert native["cxx_standard"] >= 202002
     assert native["torch_abi_target"] == "2.10"
     assert re.match(r"(gcc|clang) \d+", native["compiler"])
-    assert native["cpu_isa"] in (["x86-64"], ["aarch64"])  # what every machine has
+    assert native["cpu_baseline"] in (["x86-64"], ["aarch64"])  # what every machine has
 
 
 def test_operators_depend_on_the_stable_abi_alone(tmp_path):

@@ -25,7 +25,7 @@ std::string compiler() {
 }
 
 // The instruction set the compiler was allowed to assume everywhere; the kernels choose a better one at run time.
-py::list cpu_isa() {
+py::list cpu_baseline() {
   py::list isa;
 #if defined(__x86_64__)
   isa.append("x86-64");
@@ -52,7 +52,7 @@ py::dict build_info() {
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["torch_abi_target"] = GRANET_TEXT(GRANET_TORCH_ABI_TARGET);
   info["torch_built_against"] = GRANET_TEXT(GRANET_TORCH_VERSION);
-  info["cpu_isa"] = cpu_isa();
+  info["cpu_baseline"] = cpu_baseline();
   info["cpu_kernels"] = isa_name(isa());
   info["cuda_toolkit"] = text_or_none(GRANET_TEXT(GRANET_CUDA_TOOLKIT));
   info["cuda_architectures"] = py::list();  // no CUDA source is compiled yet

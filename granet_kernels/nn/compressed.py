@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import granet_kernels.ops  # noqa: F401 - registers the operators
 from granet_kernels.bitmask import BitMask
-from granet_kernels.choices import Algorithm, last_choice
 from granet_kernels.functional import autocast_dtype, pack_mask
 from granet_kernels.layout import full_mask
+from granet_kernels.nn.algorithm import HasAlgorithm
 from granet_kernels.nn.layers import MaskedConv2d, MaskedLinear
 from granet_kernels.ops.conv import output_size
 
@@ -26,7 +26,7 @@ _FORWARD_HOOKS = (
 )
 
 
-class CompressedLayer(nn.Module):
+class CompressedLayer(HasAlgorithm, nn.Module):
     """What the compressed layers share: non-zeros, where they belong, and how they are saved.
 
     ``values`` and ``packed_mask`` are immutable: what a backend derives from them it derives once.
@@ -37,8 +37,6 @@ class CompressedLayer(nn.Module):
     values: Tensor
     packed_mask: Tensor
     bias: Tensor | None
-    algorithm: Algorithm = "auto"
-    """How it is computed: "sparse", "dense", or by default what the backend expects to be faster."""
 
     def __init__(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
         """Keep what is active and not zero of a weight; ``mask`` is bool, of its shape."""
@@ -320,16 +318,8 @@ def _described(layer: CompressedConv2d | CompressedLinear) -> list[str]:
         f"nonzeros={layer.values.numel()}/{numel}",
         f"sparsity={layer.sparsity:.4f}",
         *([f"fused={'+'.join(layer.fused)}"] if layer.fused else []),
-        *_algorithm(layer),
+        *layer._shown_algorithm(layer.packed_mask),
     ]
-
-
-def _algorithm(layer: CompressedLayer) -> list[str]:
-    """What was asked for, or what the backend last chose."""
-    if layer.algorithm != "auto":
-        return [f"algorithm={layer.algorithm}"]
-    chosen = last_choice(layer.packed_mask)
-    return [] if chosen is None else [f"algorithm=auto: {chosen}"]
 
 
 def fold_batch_norm(

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granet_kernels.bitmask import BitMask, attach_mask, attached_mask, detach_mask
-from granet_kernels.choices import Algorithm, last_choice
 from granet_kernels.functional import masked_conv2d, masked_linear, zero_inactive_
 from granet_kernels.layout import storage_order
+from granet_kernels.nn.algorithm import HasAlgorithm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ else:
     _Base = object
 
 
-class MaskedLayer(_Base):
+class MaskedLayer(HasAlgorithm, _Base):
     """What the masked layers share: the mask beside ``weight``, and its life with the module.
 
     ``packed_mask`` is a buffer that is changed in place for ever, so that nothing recompiles or is
@@ -35,9 +35,6 @@ class MaskedLayer(_Base):
 
     dense_type: ClassVar[type[nn.Module]]
     """The layer of torch.nn that this one extends."""
-
-    algorithm: Algorithm = "auto"
-    """How it is computed: "sparse", "dense", or by default what the backend expects to be faster."""
 
     weight: Tensor
     packed_mask: Tensor
@@ -142,11 +139,8 @@ class MaskedLayer(_Base):
 
     def extra_repr(self) -> str:
         sparsity = "?" if self.packed_mask.is_meta else f"{self.sparsity:.4f}"
-        shown = f"{super().extra_repr()}, sparsity={sparsity}"
-        chosen = last_choice(self.packed_mask)
-        if self.algorithm != "auto":
-            return f"{shown}, algorithm={self.algorithm}"
-        return shown if chosen is None else f"{shown}, algorithm=auto: {chosen}"
+        parts = [super().extra_repr(), f"sparsity={sparsity}"]
+        return ", ".join([*parts, *self._shown_algorithm(self.packed_mask)])
 
     def _init_mask(self) -> None:
         packed = attached_mask(self.weight)  # two layers of one weight have one mask

@@ -81,7 +81,7 @@ def _compiled_judge() -> Callable[..., bool] | None:
         from granet_kernels.backends import cpp  # noqa: F401  (loads the operators, or cannot)
     except ImportError:
         return None
-    return torch.ops.granet_cpp.is_usual_step.default  # type: ignore[no-any-return]
+    return torch.ops.granet_cpp.is_usual_step.default
 
 
 def _check_each(

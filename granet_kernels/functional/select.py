@@ -1,0 +1,121 @@
+"""Selecting weights: pruning, regrowth, and the same selection as a function of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import granet_kernels.ops  # noqa: F401 - registers the operators
+from granet_kernels.functional.arguments import counts_of, tensor_list
+from granet_kernels.functional.mask import unpack_mask
+
+_ops = torch.ops.granet
+
+
+@torch.no_grad()
+def prune_(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    k: int | Sequence[int] | Tensor,
+    *,
+    momenta: Sequence[Tensor] | None = None,
+) -> None:
+    """Keep the ``k`` active weights of largest magnitude; zero the others and their momentum.
+
+    Exactly ``k`` stay; where fewer are active, all of them do. Equal magnitudes: the lower (tensor,
+    element) index stays. NaN ranks as the largest magnitude.
+
+    Args:
+        weights: fp32, bf16, fp16 or fp64, dense in memory, all on one device.
+        masks: their packed masks.
+        k: how many stay over all tensors together, or a list with a count for each tensor. A tensor
+            (int64, of 1 or ``len(weights)`` elements) is not read on the host, so that the call can
+            be captured in a CUDA graph and its count changed between replays.
+        momenta: one for each weight, of its memory layout.
+
+    Source: the paper's gradual magnitude pruning, section 4.1 and Algorithm 1.
+    """
+    weights = tensor_list("weights", weights)
+    if weights:
+        counts = counts_of(k, [weight.numel() for weight in weights], weights[0].device)
+        _ops.prune_(weights, tensor_list("masks", masks), counts, tensor_list("momenta", momenta))
+
+
+@torch.no_grad()
+def drop_regrow_(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    drop_fraction: float | Tensor,
+    *,
+    momenta: Sequence[Tensor] | None = None,
+) -> None:
+    """In each tensor drop the smallest active weights and regrow as many inactive ones (in place).
+
+    Drops ``ceil(drop_fraction * active)`` weights of smallest magnitude and regrows as many by the
+    largest ``|score|`` among all that are then inactive, the just-dropped included: those keep
+    value and momentum, the others start from zero. Ties and NaN weights as in :func:`prune_`; NaN
+    scores rank last.
+
+    Args:
+        weights, masks, momenta: as in :func:`prune_`.
+        scores: one for each weight, its shape, any strides: the dense gradients, as they are.
+        drop_fraction: in [0, 1]. A float64 tensor of one element is not read on the host.
+
+    Source: the paper's zero-cost neuroregeneration, section 4.2 and Algorithm 1.
+    """
+    weights = tensor_list("weights", weights)
+    if not isinstance(drop_fraction, Tensor):
+        if not 0 <= drop_fraction <= 1:
+            raise ValueError(f"drop_fraction: expected a number in [0, 1], got {drop_fraction}")
+        drop_fraction = torch.tensor(drop_fraction, dtype=torch.float64)
+    if weights:
+        _ops.drop_regrow_(
+            weights,
+            tensor_list("masks", masks),
+            tensor_list("scores", scores),
+            drop_fraction,
+            tensor_list("momenta", momenta),
+        )
+
+
+def topk_mask(scores: Sequence[Tensor], k: int | Sequence[int] | Tensor) -> list[Tensor]:
+    """1.0 at the ``k`` largest scores, 0.0 elsewhere, with a straight-through gradient.
+
+    Args:
+        scores: floating, any layout; ranked by value (pass ``s.abs()`` for magnitudes), NaN last.
+        k: over all tensors together, or one count for each, as in :func:`prune_`.
+
+    Returns:
+        Masks of the scores' shapes and dtypes. The gradient of a mask is handed to its scores
+        unchanged (straight-through estimator, Bengio et al. 2013).
+    """
+    scores = tensor_list("scores", scores)
+    if not scores:
+        return []
+    counts = counts_of(k, [score.numel() for score in scores], scores[0].device)
+    return list(TopkMaskFunction.apply(counts, *scores))
+
+
+class TopkMaskFunction(torch.autograd.Function):
+    """Forward: the selection. Backward: the identity."""
+
+    @staticmethod
+    def forward(counts: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
+        rows = [score.contiguous() for score in scores]
+        packed = _ops.topk_mask(rows, counts)
+        return tuple(
+            unpack_mask(mask, score.shape).to(score.dtype)
+            for mask, score in zip(packed, rows, strict=True)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *grads)
