@@ -27,6 +27,24 @@ inline Floats load(const float* address) {
 
 inline void store(float* address, Floats vector) { __builtin_memcpy(address, &vector, sizeof vector); }
 
+// Past the caches, to an address that is a multiple of a vector's size; see drain().
+inline void stream(float* address, Floats vector) {
+#if GRANET_AVX512
+  _mm512_stream_ps(address, __m512(vector));
+#elif GRANET_AVX2
+  _mm256_stream_ps(address, __m256(vector));
+#else
+  store(address, vector);
+#endif
+}
+
+// Before another thread may read what was streamed.
+inline void drain() {
+#if GRANET_AVX512 || GRANET_AVX2
+  _mm_sfence();
+#endif
+}
+
 inline Floats broadcast(float value) { return value - Floats{}; }  // value - 0 is value, -0.0 included
 
 // a * b + c, rounded once where the target can, else twice.

@@ -98,13 +98,23 @@ bool is_direct(const Stencil& s, const Plan& plan, const ImageView& target) {
          (step == 1 || s.grid.h * s.grid.w == 1);
 }
 
-DirectTarget direct_target(const ImageView& target, const Finish& finish, const std::vector<Segment>& segments) {
+// Whether a target is written past the caches: it is too large for who reads it next to find much of it there, and the
+// processor need not fetch what will be overwritten. 64 -> 256 channels at 56 x 56, 98 % sparse, with a sum over the
+// output behind it: 2.1 ms for 4.4 at batch 8, 25.7 MB; at batch 4 less on one thread, more on two; at batch 2 more.
+bool is_larger_than_caches(const Stencil& s) {
+  constexpr int64_t kLargeTarget = int64_t{16} << 20;  // bytes
+  return s.batch * s.targets * s.target.h * s.target.w * 4 > kLargeTarget;
+}
+
+DirectTarget direct_target(const Stencil& s, const ImageView& target, const Finish& finish,
+                           const std::vector<Segment>& segments) {
   return {static_cast<float*>(target.data),
           static_cast<const float*>(finish.residual),
           target.channel_stride,
           segments.data(),
           static_cast<int64_t>(segments.size()),
-          finish.relu};
+          finish.relu,
+          is_larger_than_caches(s)};
 }
 
 struct Rows {
@@ -118,6 +128,7 @@ void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels().sum_tile[vectors]({.entries = entries,
                                  .slab = slab,
+                                 .ahead = plan.ahead,
                                  .block = block,
                                  .blocks = plan.blocks,
                                  .first_row = first_row,
@@ -148,7 +159,7 @@ void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entr
     const int64_t repeated = unit.first_row + position - start;  // perhaps another thread's
     segments[0] = {repeated, width - repeated, image * target.image_stride + start + repeated};
     sum_tile(plan, entries, slab + start, plan.tile, rows.first, rows.first + rows.count, bias, 1,
-             direct_target(target, finish, segments), sums);
+             direct_target(s, target, finish, segments), sums);
   }
 }
 
@@ -171,7 +182,7 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
     const int64_t count = vectors * plan.vector;
     if (direct) find_segments(runs[0], position, count, segments);
     sum_tile(plan, entries, slab + position, vectors, rows.first * phases, (rows.first + rows.count) * phases, bias,
-             phases, direct ? direct_target(target, finish, segments) : DirectTarget{}, sums);
+             phases, direct ? direct_target(s, target, finish, segments) : DirectTarget{}, sums);
     for (int64_t p = 0; p < phases && !direct; ++p) {
       unpack(runs[static_cast<size_t>(p)], target, finish, sums + p * count, phases * count, position, count,
              rows.first, rows.count);
@@ -204,6 +215,7 @@ void correlate_tile(const Plan& plan, const StencilEntries& entries, const float
     kernels().correlate_tile[vectors]({.entries = entries,
                                        .slab = slab,
                                        .target = factors,
+                                       .ahead = plan.ahead,
                                        .plane = plane,
                                        .block = block,
                                        .first_row = 0,

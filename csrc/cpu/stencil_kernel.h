@@ -22,6 +22,13 @@ void finish_row(const Floats (&sum)[kTile], const DirectTarget& direct, int64_t 
   const auto residual_at = [&](int64_t at) { return residual == nullptr ? nullptr : residual + at; };
   if (direct.count == 1 && direct.segments->length == kTile * kLanes) {
     const int64_t first = direct.segments->target;
+    if (direct.streams && reinterpret_cast<uintptr_t>(target + first) % kVectorBytes == 0) {
+      for (int t = 0; t < kTile; ++t) {
+        const int64_t at = first + t * kLanes;
+        stream(target + at, finish(sum[t], residual_at(at), direct.relu));
+      }
+      return;
+    }
     for (int t = 0; t < kTile; ++t) {
       const int64_t at = first + t * kLanes;
       store(target + at, finish(sum[t], residual_at(at), direct.relu));
@@ -48,6 +55,13 @@ void finish_row(const Floats (&sum)[kTile], const DirectTarget& direct, int64_t 
   }
 }
 
+// A tile's worth of floats, into the second level, which does not set off the first level's prefetchers.
+template <int kTile>
+void prefetch_tile(const float* source) {
+  constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
+  for (int t = 0; t < kTile; ++t) __builtin_prefetch(source + t * kLanes, 0, kSecondLevel);
+}
+
 template <int kTile>
 void sum_tile(const SumTile& task) {
   const StencilEntries& entries = task.entries;
@@ -66,6 +80,7 @@ void sum_tile(const SumTile& task) {
     for (int64_t e = begin[row]; e < begin[row + 1]; ++e) {
       const float* source = task.slab + entries.offset[e];
       const Floats weight = broadcast(entries.value[e]);
+      if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
       for (int t = 0; t < kTile; ++t) sum[t] = fma(weight, load(source + t * kLanes), sum[t]);
     }
     if (finishes) {
@@ -74,6 +89,7 @@ void sum_tile(const SumTile& task) {
       for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
     }
   }
+  if (finishes && task.direct.streams) drain();
 }
 
 template <int kTile>
@@ -82,6 +98,7 @@ void correlate_tile(const CorrelateTile& task) {
   const int64_t* begin = entries.begin + task.block * entries.rows;
   const auto product = [&](const Floats* factor, int64_t e) {
     const float* source = task.slab + entries.offset[e];
+    if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
     Floats sum = factor[0] * load(source);
     for (int t = 1; t < kTile; ++t) sum = fma(factor[t], load(source + t * kLanes), sum);
     return sum;
@@ -90,8 +107,10 @@ void correlate_tile(const CorrelateTile& task) {
     int64_t e = begin[row];
     const int64_t end = begin[row + 1];
     if (e == end) continue;
+    const float* target = task.target + row * task.plane;
+    if (task.ahead != 0) prefetch_tile<kTile>(target + task.ahead);
     Floats factor[kTile];
-    for (int t = 0; t < kTile; ++t) factor[t] = load(task.target + row * task.plane + t * kLanes);
+    for (int t = 0; t < kTile; ++t) factor[t] = load(target + t * kLanes);
     for (; e + 4 <= end; e += 4) {
       const Floats a = product(factor, e), b = product(factor, e + 1), c = product(factor, e + 2),
                    d = product(factor, e + 3);

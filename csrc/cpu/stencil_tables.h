@@ -31,6 +31,7 @@ struct DirectTarget {
   const Segment* segments;
   int64_t count;
   bool relu;
+  bool streams;  // past the caches
 };
 
 // sums[row - first_row] (tile vectors) += the entries of one block of channels times the slab, for rows
@@ -39,6 +40,7 @@ struct DirectTarget {
 struct SumTile {
   StencilEntries entries;
   const float* slab;  // at the tile's first position
+  int64_t ahead;      // as in Plan
   int64_t block;
   int64_t blocks;
   int64_t first_row;
@@ -54,6 +56,7 @@ struct CorrelateTile {
   StencilEntries entries;
   const float* slab;    // at the tile's first position
   const float* target;  // there as well
+  int64_t ahead;        // as in Plan
   int64_t plane;        // floats from one row of target to the next
   int64_t block;
   int64_t first_row;
