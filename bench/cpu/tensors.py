@@ -32,6 +32,10 @@ class Tensors:
         """Fresh packed masks."""
         return [pack_mask(mask) for mask in self.masks]
 
+    def momenta(self) -> list[Tensor]:
+        """Fresh ones, zero where a weight is inactive."""
+        return [grad * mask for grad, mask in zip(self.grads, self.masks, strict=True)]
+
     def parameters(self, *, masked: bool) -> list[nn.Parameter]:
         """Copies as parameters with gradients; where `masked`, with their mask attached."""
         params = []

@@ -27,12 +27,13 @@ def published(tensors: Tensors, edition: Edition) -> Run:
     optimizer.step()
     masking = PublishedMasking(params, optimizer, tensors.masks, edition=edition)
     floats = [mask.float() for mask in tensors.masks]
+    momenta = tensors.momenta()
 
     def reset() -> None:
         masking.masks = [mask.clone() for mask in floats]
-        for param, weight, grad in zip(params, tensors.weights, tensors.grads, strict=True):
+        for param, weight, momentum in zip(params, tensors.weights, momenta, strict=True):
             param.data.copy_(weight)
-            optimizer.state[param]["momentum_buffer"].copy_(grad)
+            optimizer.state[param]["momentum_buffer"].copy_(momentum)
 
     return whole(MEASURE, lambda: masking.update(SPARSITY_AFTER, DROP_FRACTION), reset)
 
@@ -40,7 +41,8 @@ def published(tensors: Tensors, edition: Edition) -> Run:
 def ours(tensors: Tensors) -> Run:
     """The two operators that an engine's update calls, on weights and momentum."""
     weights = [weight.clone() for weight in tensors.weights]
-    momenta = [grad.clone() for grad in tensors.grads]
+    saved_momenta = tensors.momenta()
+    momenta = [momentum.clone() for momentum in saved_momenta]
     saved = tensors.packed()
     masks = [mask.clone() for mask in saved]
     k = round(tensors.numel * (1 - SPARSITY_AFTER))
@@ -48,7 +50,7 @@ def ours(tensors: Tensors) -> Run:
     def reset() -> None:
         torch._foreach_copy_(masks, saved)
         torch._foreach_copy_(weights, tensors.weights)
-        torch._foreach_copy_(momenta, tensors.grads)
+        torch._foreach_copy_(momenta, saved_momenta)
 
     def update() -> None:
         prune_(weights, masks, k, momenta=momenta)

@@ -2,6 +2,7 @@
 #include "cpu/cast.h"
 
 #include "torch/checks.h"
+#include "torch/large_pages.h"
 
 namespace granet {
 namespace {
@@ -15,6 +16,7 @@ void mask_cast_out(Tensor from, Tensor mask, Tensor to) {
   const cpu::Dtype to_dtype = floating_dtype(to.scalar_type(), "to");
   const auto* source = static_cast<const std::byte*>(from.const_data_ptr());
   const auto* packed = static_cast<const uint8_t*>(mask.const_data_ptr());
+  prefer_large_pages(to);
   auto* target = static_cast<std::byte*>(to.mutable_data_ptr());
   for_each_slice(numel, [=](int64_t first, int64_t count) {
     cpu::mask_cast(source + first * cpu::item_size(from_dtype), from_dtype, packed + first / kWeightsPerByte, count,

@@ -17,9 +17,9 @@
 #include "common/bits.h"
 #include "cpu/active.h"
 #include "cpu/conv.h"
-#include "cpu/large_pages.h"
 #include "cpu/stencil_index.h"
 #include "torch/checks.h"
+#include "torch/large_pages.h"
 #include "torch/parallel.h"
 
 namespace granet {
@@ -163,11 +163,6 @@ Tensor gather(Tensor source, Tensor at, bool to_bfloat16) {
   cpu::gather(source.const_data_ptr(), element_of(source, "source"), static_cast<const int32_t*>(at.const_data_ptr()),
               at.numel(), to_bfloat16, static_cast<float*>(values.mutable_data_ptr()), TorchThreads());
   return values;
-}
-
-// Of a tensor that is about to be filled.
-void prefer_large_pages(const Tensor& tensor) {
-  cpu::prefer_large_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
 }
 
 // The first two tensors of an index, and the values of its entries (null where they are not needed).

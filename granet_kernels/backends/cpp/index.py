@@ -3,7 +3,7 @@
 An index holds which weights are active and where in the packed input each of them looks; the values
 are read from the weight at every call. It belongs to a mask and to the shapes of a layer, and is
 built again when the mask has changed, which the bits themselves decide: whoever wrote to them, by
-whatever way, a stale index is never used. Comparing the bits costs a thousandth of what they save.
+whatever way, a stale index is never used. Comparing them reads a bit for every weight at each call.
 """
 
 from __future__ import annotations
