@@ -66,6 +66,16 @@ Work work_of(const ConvShape& shape, Direction direction, int64_t entries, bool 
   return {flat, stencil, cpu::plan_for(stencil, entries, in_place)};
 }
 
+// Nanoseconds that one thread takes, about: the rates of backends/cpp/cost.py.
+double time_of(const ConvShape& shape, int64_t entries) {
+  const auto pixels = [](const Pair& size) { return static_cast<double>(size.h * size.w); };
+  const double products = pixels(shape.output()) * static_cast<double>(shape.batch * entries);
+  const double elements =
+      static_cast<double>(shape.batch) * (static_cast<double>(shape.channels) * pixels(shape.input) +
+                                          static_cast<double>(shape.out_channels) * pixels(shape.output()));
+  return products / 21 + elements * 0.3;
+}
+
 // A source may be read where it is if each of its planes is a run of floats at least as long as a tile.
 void check_in_place(const ConvShape& shape, bool in_place) {
   constexpr int64_t kLongestTile = cpu::kMostVectors * 16;
@@ -161,7 +171,8 @@ Tensor gather(Tensor source, Tensor at, bool to_bfloat16) {
   check_contiguous(at, ScalarType::Int, "at", "int32");
   Tensor values = torch::stable::new_empty(at, {at.numel()}, ScalarType::Float);
   cpu::gather(source.const_data_ptr(), element_of(source, "source"), static_cast<const int32_t*>(at.const_data_ptr()),
-              at.numel(), to_bfloat16, static_cast<float*>(values.mutable_data_ptr()), TorchThreads());
+              at.numel(), to_bfloat16, static_cast<float*>(values.mutable_data_ptr()),
+              TorchThreads(static_cast<double>(at.numel()) * 2));
   return values;
 }
 
@@ -213,7 +224,8 @@ void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor
   }
   const cpu::Finish finish{residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
   prefer_large_pages(target);
-  cpu::run_stencil(work.stencil, work.plan, entries, source, biases, finish, result, TorchThreads());
+  cpu::run_stencil(work.stencil, work.plan, entries, source, biases, finish, result,
+                   TorchThreads(time_of(shape, index[2].numel())));
 }
 
 void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor values, std::vector<Tensor> index,
@@ -229,7 +241,8 @@ void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor val
   check_planes(source, shape, in_place, "grad_output");
   check_planes(target, shape, in_place, "gradient");
   prefer_large_pages(gradient);
-  cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target, TorchThreads());
+  cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
+                   TorchThreads(time_of(shape, index[2].numel())));
 }
 
 // gradient, whose storage order is the weight's: zero but for the active weights.
@@ -254,13 +267,14 @@ void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
   auto* partials = static_cast<float*>(partial.mutable_data_ptr());
   float* sums = partials + count * parts;
   cpu::correlate_stencil(work.stencil, work.plan, entries, static_cast<const int32_t*>(index[2].const_data_ptr()),
-                         count, source, factor, partials, sums, TorchThreads());
+                         count, source, factor, partials, sums, TorchThreads(time_of(shape, count)));
   if (source.element == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
     for (int64_t i = 0; i < count; ++i) sums[i] = round_to_bfloat16(sums[i]);
   }
   prefer_large_pages(gradient);
   cpu::spread(sums, static_cast<const int32_t*>(positions.const_data_ptr()), count, gradient.mutable_data_ptr(),
-              element_of(gradient, "gradient"), shape.weights(), TorchThreads());
+              element_of(gradient, "gradient"), shape.weights(),
+              TorchThreads(static_cast<double>(shape.weights()) * 0.2 + static_cast<double>(count)));
 }
 
 }  // namespace

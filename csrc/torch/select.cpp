@@ -94,15 +94,22 @@ std::span<const int64_t> counts(const Tensor& k, size_t tensors) {
   return {static_cast<const int64_t*>(k.const_data_ptr()), static_cast<size_t>(k.numel())};
 }
 
+TorchThreads threads_for(const std::vector<Tensor>& tensors) {
+  double elements = 0;
+  for (const Tensor& tensor : tensors) elements += static_cast<double>(tensor.numel());
+  return TorchThreads(elements * 0.5);
+}
+
 void prune_(Tensors weights, Tensors masks, Tensor k, Tensors momenta) {
-  cpu::prune(masked_weights(weights, masks, momenta), counts(k, weights.size()), TorchThreads());
+  cpu::prune(masked_weights(weights, masks, momenta), counts(k, weights.size()), threads_for(weights));
 }
 
 void drop_regrow_(Tensors weights, Tensors masks, Tensors scores, double drop_fraction, Tensors momenta) {
   STD_TORCH_CHECK(scores.size() == weights.size(), "scores: expected one for each of the ", weights.size(),
                   " weights, got ", scores.size());
   for (size_t i = 0; i < scores.size(); ++i) check_dense(scores[i], weights[i].numel(), name("scores", i));
-  cpu::drop_regrow(masked_weights(weights, masks, momenta), numbers(scores, "scores"), drop_fraction, TorchThreads());
+  cpu::drop_regrow(masked_weights(weights, masks, momenta), numbers(scores, "scores"), drop_fraction,
+                   threads_for(weights));
 }
 
 Tensors topk_mask(Tensors scores, Tensor k) {
@@ -114,7 +121,7 @@ Tensors topk_mask(Tensors scores, Tensor k) {
     masks.push_back(torch::stable::new_empty(score, {packed_bytes(score.numel())}, ScalarType::Byte));
     bits.push_back(static_cast<uint8_t*>(masks.back().mutable_data_ptr()));
   }
-  cpu::topk_mask(ranked, wanted, bits, TorchThreads());
+  cpu::topk_mask(ranked, wanted, bits, threads_for(scores));
   return masks;
 }
 

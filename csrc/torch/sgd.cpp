@@ -22,8 +22,10 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
   const ScalarType dtype = params[0].scalar_type();
   const ScalarType momentum_dtype = has_momentum ? momenta[0].scalar_type() : dtype;
   std::vector<cpu::SgdTensor> tensors(params.size());
+  int64_t weights = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t numel = params[i].numel();
+    weights += numel;
     check_dense(params[i], numel, element("params", i));
     check_dense(grads[i], numel, element("grads", i));
     check_packed(masks[i], numel, element("masks", i));
@@ -49,7 +51,7 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
                                    .maximize = maximize,
                                    .first = first};
   cpu::masked_sgd(tensors, floating_dtype(dtype, "params[0]"), floating_dtype(momentum_dtype, "momenta[0]"), options,
-                  TorchThreads());
+                  TorchThreads(static_cast<double>(weights) * 0.5));
 }
 
 }  // namespace
