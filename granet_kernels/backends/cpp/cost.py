@@ -15,10 +15,10 @@ from granet_kernels.choices import note_choice
 COMPUTED = (torch.float32, torch.bfloat16)
 """What the sparse kernels read and write; they sum in float32."""
 
-# Nanoseconds on one thread, of one of the three passes (forward, two gradients). Fitted to 550 layers, convolutions
-# of 3 to 256 channels with 16 to 1024 pixels, batch 1 to 64, and linear layers, at 30 to 90 % sparsity: what is chosen
-# by them took 1.03 times as long as the better of the two in geometric mean (the sparse one throughout 1.08, the dense
-# one 1.25).
+# Nanoseconds on one thread, of one of the three passes (forward, two gradients). Fitted to 550 layers,
+# convolutions of 3 to 256 channels with 16 to 1024 pixels, batch 1 to 64, and linear layers, at 30 to 90 %
+# sparsity: what is chosen by them took 1.03 times as long as the better of the two in geometric mean (the
+# sparse one throughout 1.08, the dense one 1.25).
 DENSE_POINTWISE = 1 / 43  # a product and sum of the dense layer
 DENSE_SPATIAL = 1 / 38
 DENSE_WEIGHT = 0.8  # masking a weight and its gradient
