@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ import torch
 from granet_kernels import use_backend
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for one another
+if "GRANET_TEST_DEVICE" in os.environ:  # where the operators' tests make their tensors
+    torch.set_default_device(os.environ["GRANET_TEST_DEVICE"])
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import tests.triton_interpreter  # noqa: F401  (mends it)
 
 
 # A machine with a GPU need not have the extras: what cannot be imported there is left out, and said.
@@ -29,6 +34,7 @@ NEEDS = {
     "test_checkpoint.py": ("yaml",),
     "test_report.py": ("yaml",),
     "test_packaging.py": ("cmake",),
+    "test_triton.py": ("triton",),
 }
 missing = {
     file: absent
@@ -59,8 +65,17 @@ def settable_backend_flags():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu need one; without it they are deselected, and the closing line counts them."""
-    if not torch.cuda.is_available():
-        gpu = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Tests marked gpu need one, and GRANET_TEST_BACKENDS names the backends whose tests are wanted.
+
+    The others are deselected, and the closing line counts them.
+    """
+    wanted = os.environ.get("GRANET_TEST_BACKENDS", "").split()
+
+    def chosen(item):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            return False
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        return not wanted or backend in wanted
+
+    config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
+    items[:] = [item for item in items if chosen(item)]

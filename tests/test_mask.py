@@ -29,7 +29,7 @@ def test_pack_by_hand():
     assert packed.tolist() == [0b1001_0001, 0b0000_0010] + [0] * 14
 
 
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("numel", [*SIZES, 2047, 2048, 4104])
 def test_round_trip(numel):
     mask = torch.rand(numel) < 0.5
     packed = pack_mask(mask)
@@ -87,6 +87,52 @@ def test_mask_cast_by_hand():
     assert cast.tolist() == [1, 0, 0, 4]
     cast.backward(torch.tensor([1, 2, NAN, 4], dtype=torch.float16))
     assert bits(weight.grad) == bits([1, 0, 0, 4.0])
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("numel", [1, 8, 2047, 2048, 4104])
+def test_views_into_larger_memory(numel, offset):
+    """At any address, and what lies before and behind stays as it is."""
+    memory, mask = torch.randn(offset + numel + 9), torch.rand(numel) < 0.5
+    weight, packed = memory[offset : offset + numel], pack_mask(mask)
+    expected = memory.clone()
+    expected[offset : offset + numel].masked_fill_(~mask, 0.0)
+    assert bits(mask_cast(weight, packed)) == bits(expected[offset : offset + numel])
+    zero_inactive_([weight], [packed])
+    assert bits(memory) == bits(expected)
+    shifted = torch.cat([packed.new_zeros(offset), packed])[offset:]
+    assert count_active([shifted, packed]).tolist() == [int(mask.sum())] * 2
+
+
+STRIDES = {
+    "transposed": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
+    "expanded": lambda t: t[:, :1].expand(t.shape),
+    "every other": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    "of one number": lambda t: t.flatten()[0].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dense", [False, True])
+def test_mask_grad_of_a_gradient_with_any_strides(strides, memory_format, dense):
+    weight = torch.randn(5, 4, 3, 7).contiguous(memory_format=memory_format)
+    mask = torch.rand(5, 4, 3, 7) < 0.4
+    grad = STRIDES[strides](torch.randn(5, 4, 3, 7))
+    packed = pack_mask(mask, like=weight)
+    masked = torch.ops.granet.mask_grad(grad, weight, packed, torch.tensor(dense))
+    assert masked.stride() == weight.stride()
+    assert bits(masked) == bits(grad if dense else grad.masked_fill(~mask, 0.0))
+
+
+def test_mask_grad_of_many_dimensions():
+    weight, grad = (
+        torch.randn(3, 2, 3, 2, 3, 2),
+        torch.randn(2, 3, 2, 3, 2, 3).permute(5, 4, 3, 2, 1, 0),
+    )
+    mask = torch.rand(weight.shape) < 0.4
+    masked = torch.ops.granet.mask_grad(grad, weight, pack_mask(mask), torch.tensor(False))
+    assert bits(masked) == bits(grad.masked_fill(~mask, 0.0))
 
 
 def test_mask_cast_gives_the_dense_gradient_when_asked():

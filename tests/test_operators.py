@@ -15,7 +15,7 @@ COMPUTED = [
 ]
 
 
-@pytest.mark.parametrize(("operator", "backend"), COMPUTED, ids="-".join)
+@pytest.mark.parametrize(("operator", "backend"), COMPUTED, ids=str)
 def test_equals_reference(operator, backend):
     outcome = selftest.check(operator, backend, "cpu")
     assert outcome.cases > 0

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from granet_kernels import pack_mask, use_backend
+from granet_kernels.backends import reference
 from granet_kernels.layout import full_mask
 from granet_kernels.selftest import backends_with
-from tests.helpers import NAN, bits, mask_of
+from tests.helpers import FP64, NAN, bits, mask_of
 
 PLAIN = {
     "lr": 0.5,
@@ -109,6 +110,67 @@ def test_equals_torch_with_all_weights_active(numel):
         optimizer.step()
         step([weight], [grad], [momentum], [full_mask(numel)], first=i == 0, **options)
     torch.testing.assert_close(weight, parameter.detach(), rtol=1e-6, atol=1e-7)
+
+
+NEAR_A_CHUNK = [1, 7, 2047, 2048, 2049, 4096 + 13]  # the Triton kernel takes 2048 at a time
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_views_into_larger_memory(dtype, offset):
+    """At any address, and what lies before and behind stays as it is."""
+
+    def inside(numel, values):
+        memory = values(offset + numel + 9).to(dtype)
+        return memory, memory[offset : offset + numel]
+
+    params = [inside(numel, torch.randn) for numel in NEAR_A_CHUNK]
+    momenta = [inside(numel, torch.randn) for numel in NEAR_A_CHUNK]
+    grads = [torch.randn(offset + numel).to(dtype)[offset:] for numel in NEAR_A_CHUNK]
+    masks = [pack_mask(torch.rand(numel) < 0.3) for numel in NEAR_A_CHUNK]
+    expected = [memory.clone() for memory, _ in params + momenta]
+    of_expected = [
+        memory[offset : offset + numel]
+        for memory, numel in zip(expected, 2 * NEAR_A_CHUNK, strict=True)
+    ]
+    options = PLAIN | {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    count = len(params)
+    reference.masked_sgd_(of_expected[:count], grads, of_expected[count:], masks, **options)
+    step([view for _, view in params], grads, [view for _, view in momenta], masks, **options)
+    for (memory, _), wanted in zip(params + momenta, expected, strict=True):
+        torch.testing.assert_close(memory, wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "momentum_dtype"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_momentum_of_another_dtype(dtype, momentum_dtype):
+    weight, grad = torch.randn(1009).to(dtype), torch.randn(1009).to(dtype)
+    momentum, mask = torch.randn(1009).to(momentum_dtype), pack_mask(torch.rand(1009) < 0.5)
+    options = PLAIN | {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}
+    wanted = weight.clone(), momentum.clone()
+    reference.masked_sgd_([wanted[0]], [grad], [wanted[1]], [mask], **options)
+    step([weight], [grad], [momentum], [mask], **options)
+    for result, expected in zip((weight, momentum), wanted, strict=True):
+        bounds = FP64 if result.dtype == torch.float64 else {}
+        torch.testing.assert_close(result, expected, **bounds)
+
+
+def test_a_second_step_finds_tensors_that_have_moved():
+    """What a backend has kept of the tensors' addresses is not that of others."""
+    weight, mask = torch.ones(33), full_mask(33)
+    for grad in (torch.full((33,), 1.0), torch.full((33,), 2.0)):
+        step([weight], [grad], [], [mask], lr=0.5)
+    assert weight.tolist() == [-0.5] * 33
+    step([moved := weight.clone()], [torch.ones(33)], [], [mask.clone()], lr=0.5)
+    assert (weight.tolist(), moved.tolist()) == ([-0.5] * 33, [-1.0] * 33)
 
 
 @pytest.mark.parametrize(

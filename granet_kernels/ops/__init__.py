@@ -4,6 +4,8 @@ One file a family (mask, sgd, select, conv, linear, compressed), the same names 
 A call is checked whole before anything is written; then the registry says which backend computes it.
 """
 
+import os
+
 from granet_kernels.ops import compressed, conv, linear, mask, registry, select, sgd
 from granet_kernels.ops.registry import (
     Backend,
@@ -19,6 +21,14 @@ from granet_kernels.ops.registry import (
 
 # From fastest to slowest: the order of preference where several serve a device.
 register_backend(Backend(name="cpp", module="granet_kernels.backends.cpp", devices=("cpu",)))
+register_backend(
+    Backend(
+        name="triton",
+        module="granet_kernels.backends.triton",
+        # Triton's interpreter follows the addresses in the kernels' tables on the host.
+        devices=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+    )
+)
 register_backend(
     Backend(name="reference", module="granet_kernels.backends.reference", devices=None)
 )

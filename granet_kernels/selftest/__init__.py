@@ -170,8 +170,9 @@ def check(operator: str, backend: str, device: str) -> Outcome:
     )
 
 
-def backends_with(operator: str, device: str = "cpu") -> list[str]:
-    """The available backends that compute an operator themselves on a device."""
+def backends_with(operator: str, device: str | None = None) -> list[str]:
+    """The available backends that compute an operator themselves on a device: that of new tensors."""
+    device = device or torch.get_default_device().type
     rows = {backend.name: backend for backend in registered_backends()}
     return [
         n for n in available_backends() if rows[n].serves(device) and operator in operators_of(n)
