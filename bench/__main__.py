@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import bench.yardsticks  # noqa: F401 (registers the rows)
-from bench import machine, records, registry
+from bench import machine, records, registry, targets
 from bench.runner import run_rows
 from bench.timing import FULL, QUICK
 
@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     environment.add_argument("--out", type=Path, required=True)
     table = commands.add_parser("table", help="print a CSV")
     table.add_argument("csv", type=Path)
+    judged = commands.add_parser("targets", help="hold a CSV against the targets")
+    judged.add_argument("csv", type=Path)
     commands.add_parser("list", help="print all rows there are")
     return parser
 
@@ -84,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(machine.slug(machine.device_name(machine.find_device(args.device))))
             case "table":
                 print(records.table(records.read_csv(args.csv)))
+            case "targets":
+                print(targets.verdicts(records.read_csv(args.csv)))
             case "list":
                 for row in registry.registered():
                     print(f"{row.group:10} {row.id:32} {row.dtype}")

@@ -11,6 +11,7 @@ usage: bench/gpu_suite.sh [--device cuda|cpu] [--quick] [--stages NAME,NAME...] 
 Run it from the root of the project; the Python to use is $PYTHON (python3). It leaves in OUT, by default
 bench/results/<card>/:
   yardsticks.csv    every measurement (columns: bench/README.md)
+  kernels.csv       every Triton kernel as it is compiled for this card
   stages.csv        every stage with its outcome, exit status and seconds
   environment.json  the machine and its software
   suite.log         what the stages printed
@@ -18,17 +19,18 @@ bench/results/<card>/:
 
   --quick    toy sizes: does everything run? The figures mean nothing.
   --device   cpu goes with --quick only
-  --stages   of environment, build, check, tests, bandwidth, step, compiled, selection, training (default: all)
+  --stages   of environment, build, kernels, check, tests, sanitizer, bandwidth, step, compiled, selection, training
+             (default: all)
 
 Exit status: 0 all stages passed, 1 some did not, 2 wrong usage, 3 no CUDA device.
 TEXT
 }
 
-# Seconds each stage may take: 435 in all, which with start-up and summary stays under 8 minutes.
-readonly STAGES=(environment build check tests bandwidth step compiled selection training)
+# Seconds each stage may take: 440 in all, which with start-up and summary stays under 8 minutes.
+readonly STAGES=(environment build kernels check tests sanitizer bandwidth step compiled selection training)
 declare -rA LIMITS=(
-  [environment]=25 [build]=100 [check]=40 [tests]=90
-  [bandwidth]=20 [step]=25 [compiled]=55 [selection]=30 [training]=50
+  [environment]=15 [build]=80 [kernels]=45 [check]=30 [tests]=70 [sanitizer]=40
+  [bandwidth]=15 [step]=35 [compiled]=45 [selection]=25 [training]=40
 )
 
 fail_usage() {
@@ -84,7 +86,7 @@ if ((status)); then
 fi
 out=${out:-bench/results/$slug}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
-rm -f "$out"/{yardsticks.csv,stages.csv,environment.json,suite.log,summary.txt}
+rm -f "$out"/{yardsticks.csv,kernels.csv,stages.csv,environment.json,suite.log,summary.txt}
 
 work=$(mktemp -d) || exit 1
 running=
@@ -109,6 +111,28 @@ build() {
   "$python" -c 'import granet_kernels as kernels; print(kernels.build_info()); print(kernels.available_backends())'
 }
 
+# All kernels for this card, by all processors; what is compiled here the stages behind this find in Triton's cache.
+kernels() {
+  local some=()
+  [[ $device == cuda ]] || some=(--only mask table --target 90) # a sample: does it run?
+  "$python" -m bench.kernels "${some[@]:---card}" --out "$out/kernels.csv"
+}
+
+# Every kernel once, without torch's own memory pool: each tensor ends where its allocation does.
+sanitizer() {
+  local tool program
+  program=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  if [[ $device == cpu || ! -x $program ]]; then
+    echo "skipped: no GPU, or no compute-sanitizer (it comes with the CUDA toolkit)"
+    return 0
+  fi
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -o addopts= -p no:cacheprovider --import-mode=append -q \
+      "tests/test_triton_gpu.py::test_every_kernel_once[torch.float32]" || return
+  done
+}
+
 gpu_tests() {
   # Configured options may name plugins that are not here; a test file whose imports are missing must not
   # keep the others from running. "append" leaves the installed package first in sys.path.
@@ -131,15 +155,17 @@ stage_body() { # name, limit
   case $1 in
     environment) "$python" -m bench environment --device "$device" --out "$out/environment.json" ;;
     build) build ;;
+    kernels) kernels ;;
     check) "$python" -m granet check ;;
     tests) gpu_tests ;;
+    sanitizer) sanitizer ;;
     *) measure "$1" "$2" ;;
   esac
 }
 
 # `timeout` runs programs, not functions: it runs a shell that has been given them.
 export python site device out
-export -f build gpu_tests measure stage_body
+export -f build kernels gpu_tests sanitizer measure stage_body
 run_stage() { # name
   local limit=${LIMITS[$1]} begin end status outcome
   [[ $device == cuda ]] || limit=$((limit * 4)) # compiling on a small machine
@@ -182,6 +208,10 @@ done
   echo
   if [[ -s $out/yardsticks.csv ]]; then
     "$python" -m bench table "$out/yardsticks.csv"
+    if [[ $device == cuda && ${#quick[@]} -eq 0 ]]; then
+      printf '\n----- targets\n'
+      "$python" -m bench targets "$out/yardsticks.csv"
+    fi
   else
     echo "nothing was measured"
   fi

@@ -136,6 +136,7 @@ _SHOWN = (
     ("variant", "variant"),
     ("mode", "mode"),
     ("dtype", "dtype"),
+    ("sparsity", "sparsity"),
     ("median_ms", "ms"),
     ("p20_ms", "p20"),
     ("p80_ms", "p80"),

@@ -33,11 +33,12 @@ def label(row: Yardstick, mode: str) -> str:
 
 def _graph_entry(row: Yardstick, case: Case) -> Entry:
     calls = -(-GRAPH_CALLS // case.copies) * case.copies  # every copy equally often
+    calls = calls if case.reset is None else 1  # what a call spends is restored before the next
     try:
         replay = graph_replay(case.run, calls)
     except Exception as error:  # whatever a baseline raises is a result
         return Entry(row=row, mode=GRAPH, error=error)
-    subject = Subject(label=label(row, GRAPH), run=replay, calls=calls)
+    subject = Subject(label=label(row, GRAPH), run=replay, calls=calls, reset=case.reset)
     return Entry(row=row, mode=GRAPH, case=case, subject=subject)
 
 

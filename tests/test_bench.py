@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: `bench` is not installed, everything else is
 
 from bench import __main__ as program  # noqa: E402
-from bench import machine, records, registry, resnet50, runner, timing  # noqa: E402
+from bench import machine, records, registry, resnet50, runner, targets, timing  # noqa: E402
 from bench.published import PublishedMasking, prune_bytes, step_bytes, update_bytes  # noqa: E402
 from bench.yardsticks import step  # noqa: E402
 
@@ -307,6 +307,57 @@ def test_a_failure_costs_its_own_row(tmp_path):
     table = records.table(records.read_csv(path))
     assert "failed" in table
     assert "job/cannot_build (eager): RuntimeError: out of memory" in table
+
+
+def test_a_graph_of_what_is_spent_is_restored_before_each_replay(monkeypatch):
+    captured = []
+    monkeypatch.setattr(runner, "graph_replay", lambda run, calls: captured.append(calls))
+    restore = object()
+    for reset, copies in ((None, 1), (None, 3), (restore, 1)):
+        entry = runner._graph_entry(make_row(make_case), make_case(reset=reset, copies=copies))
+        assert (entry.subject.reset, entry.subject.calls) == (reset, captured[-1])
+    assert captured == [8, 9, 1]
+
+
+def judged(target, *rows):
+    columns = ("group", "name", "variant", "sparsity", "mode", "median_ms", "gbytes_per_s")
+    columns += ("n_weights", "dtype")
+    lines = [dict(zip(columns, (*row, "float32"), strict=True)) for row in rows]
+    return targets.judge(target, lines)
+
+
+def test_targets():
+    """Against a row of the same mode, of another where there is none, and against reading."""
+    target = targets.Target(row="job/ours", against="job/base", bound=0.5, sparsity="0.9")
+    ours = ("step", "job", "ours", "0.9", "graph", "2", "", "1000000")
+    base = ("step", "job", "base", "", "graph", "4", "", "1000000")
+    eager = ("step", "job", "base", "", "eager", "8", "", "1000000")
+    other = ("compiled", "job", "base", "", "graph", "1", "", "1000000")
+    assert judged(target, other, eager, base, ours) == 0.5
+    assert judged(target, other, eager, ours) == 0.25
+    assert judged(target, base) is None
+    assert judged(target, ours) is None
+    read = targets.Target(row="job/ours", against=targets.READ, bound=2, sparsity="0.9")
+    copy = ("step", "copy", "512MiB", "", "eager", "1", "1000", "0")
+    assert judged(read, copy, ours) == pytest.approx(500)  # 4 MB at 1 TB/s take 4 us
+    assert str(target) == "job/ours at 90% (float32, graph) <= 0.5 x job/base"
+
+
+def test_targets_name_rows_that_there_are():
+    rows = registry.registered()
+    for target in targets.TARGETS:
+        sparsity = float(target.sparsity) if target.sparsity else None
+        places = [
+            row
+            for row in rows
+            if (row.id, row.dtype, row.sparsity) == (target.row, target.dtype, sparsity)
+        ]
+        assert len(places) == 1, target
+        assert target.mode == "eager" or places[0].graph
+        if target.against != targets.READ:
+            (group,) = {row.group for row in places}
+            assert any((row.id, row.group) == (target.against, group) for row in rows), target
+    assert targets.verdicts([]).count("not measured") == len(targets.TARGETS)
 
 
 def test_csv_is_added_to_and_never_mixed(tmp_path):

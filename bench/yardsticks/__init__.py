@@ -1,5 +1,5 @@
-"""The yardsticks, a file a group. Importing this package registers all of them."""
+"""The yardsticks, a file a group, and our operators beside them. Importing this registers all of them."""
 
-from bench.yardsticks import bandwidth, selection, step, training
+from bench.yardsticks import bandwidth, masked, selection, step, training
 
-__all__ = ["bandwidth", "selection", "step", "training"]
+__all__ = ["bandwidth", "masked", "selection", "step", "training"]
