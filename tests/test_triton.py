@@ -34,9 +34,10 @@ def processes():
         for file in FILES
     }
     yield started
-    for process in started.values():
-        process.kill()
-        process.communicate()
+    for process in started.values():  # those that no test has waited for
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.slow
