@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/simd_dtypes.h"
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace granet::cpu {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 #include "cpu/parallel.h"
 #include "cpu/sgd_chunk.h"
 

@@ -12,15 +12,15 @@ void mask_cast_out(Tensor from, Tensor mask, Tensor to) {
   check_dense(from, numel, "from");
   check_dense(to, numel, "to");
   check_packed(mask, numel, "mask");
-  const cpu::Dtype from_dtype = floating_dtype(from.scalar_type(), "from");
-  const cpu::Dtype to_dtype = floating_dtype(to.scalar_type(), "to");
+  const Dtype from_dtype = floating_dtype(from.scalar_type(), "from");
+  const Dtype to_dtype = floating_dtype(to.scalar_type(), "to");
   const auto* source = static_cast<const std::byte*>(from.const_data_ptr());
   const auto* packed = static_cast<const uint8_t*>(mask.const_data_ptr());
   prefer_large_pages(to);
   auto* target = static_cast<std::byte*>(to.mutable_data_ptr());
   for_each_slice(numel, [=](int64_t first, int64_t count) {
-    cpu::mask_cast(source + first * cpu::item_size(from_dtype), from_dtype, packed + first / kWeightsPerByte, count,
-                   target + first * cpu::item_size(to_dtype), to_dtype);
+    cpu::mask_cast(source + first * item_size(from_dtype), from_dtype, packed + first / kWeightsPerByte, count,
+                   target + first * item_size(to_dtype), to_dtype);
   });
 }
 

@@ -10,7 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "common/bits.h"
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace granet {
 
@@ -59,17 +59,17 @@ inline void check_dense(const Tensor& tensor, int64_t numel, const std::string& 
                   ": expected a dense tensor on the CPU with ", numel, " elements, got ", tensor.numel());
 }
 
-inline cpu::Dtype floating_dtype(ScalarType dtype, const std::string& argument) {
+inline Dtype floating_dtype(ScalarType dtype, const std::string& argument) {
   switch (dtype) {
     case ScalarType::Float:
-      return cpu::Dtype::kFloat32;
+      return Dtype::kFloat32;
     case ScalarType::BFloat16:
-      return cpu::Dtype::kBfloat16;
+      return Dtype::kBfloat16;
     case ScalarType::Half:
-      return cpu::Dtype::kFloat16;
+      return Dtype::kFloat16;
     default:
       STD_TORCH_CHECK(dtype == ScalarType::Double, argument, ": expected float32, bfloat16, float16 or float64");
-      return cpu::Dtype::kFloat64;
+      return Dtype::kFloat64;
   }
 }
 

@@ -23,6 +23,14 @@ from granet_kernels.ops.registry import (
 register_backend(Backend(name="cpp", module="granet_kernels.backends.cpp", devices=("cpu",)))
 register_backend(
     Backend(
+        name="cuda",
+        module="granet_kernels.backends.cuda",
+        # tests/simt runs the kernels on the host.
+        devices=("cpu",) if os.environ.get("GRANET_SIMT") == "1" else ("cuda",),
+    )
+)
+register_backend(
+    Backend(
         name="triton",
         module="granet_kernels.backends.triton",
         # Triton's interpreter follows the addresses in the kernels' tables on the host.

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace granet::cpu {
 

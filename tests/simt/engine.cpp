@@ -220,7 +220,6 @@ void set_options(const Options& options) {
 
 void run(const Launch& wanted) {
   const std::lock_guard lock(one_launch);
-  if (running != nullptr) throw Fault("a kernel launches a kernel");
   launch = wanted;
   random_bits.seed(chosen.seed);
   adopt_host(host);

@@ -19,14 +19,14 @@ inline float __half2float(__half x) {
   return std::bit_cast<float>(std::bit_cast<unsigned>(value) | sign);
 }
 
-// To nearest, ties to even; a NaN stays one.
+// To nearest, ties to even. A NaN keeps its sign and upper bits, as PyTorch's on the CPU; CUDA has but one, 0x7fff.
 inline __half __float2half_rn(float x) {
   const auto bits = std::bit_cast<unsigned>(x);
   const auto sign = static_cast<unsigned short>(bits >> 16 & 0x8000U);
   const unsigned magnitude = bits & 0x7fffffffU;
   unsigned result;
   if (magnitude > 0x7f800000U) {
-    result = 0x7fffU;                     // CUDA's NaN
+    result = 0x7e00U | (magnitude >> 13 & 0x3ffU);
   } else if (magnitude >= 0x477ff000U) {  // 65520 and more
     result = 0x7c00U;
   } else if (magnitude < 0x38800000U) {  // below 2^-14: a multiple of 2^-24

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace granet::cpu {
+namespace granet {
 
 enum class Dtype : uint8_t { kFloat32, kBfloat16, kFloat16, kFloat64 };
 
@@ -21,4 +21,4 @@ constexpr int64_t item_size(Dtype dtype) {
   }
 }
 
-}  // namespace granet::cpu
+}  // namespace granet

@@ -1,0 +1,49 @@
+"""The shared library that holds the compiled operators, for a GPU or, in tests, for the host."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+HOST_RUN = os.environ.get("GRANET_SIMT") == "1"
+"""Whether the kernels run on the CPU: see tests/simt."""
+
+LIBRARY = Path(__file__).parents[2] / "_granet_cuda.so"
+HOST_LIBRARY = Path(__file__).parents[3] / "build" / "simt" / "_granet_cuda.so"
+
+
+def load() -> None:
+    """Load the library, which registers the operators of namespace ``granet_cuda``.
+
+    Raises:
+        ImportError: it is absent or does not load; the message says why and what to install.
+    """
+    if HOST_RUN:
+        if not HOST_LIBRARY.is_file():
+            raise ImportError(
+                f"GRANET_SIMT=1, but the kernels are not built for the host: {HOST_LIBRARY} is "
+                "missing; run `make simt` in a checkout of the sources"
+            )
+        torch.ops.load_library(HOST_LIBRARY)
+        return
+    if torch.version.cuda is None:
+        raise ImportError(
+            f"torch {torch.__version__} is built without CUDA: install a torch that has it, and "
+            "then rebuild with `pip install --no-build-isolation .`"
+        )
+    if not LIBRARY.is_file():
+        raise ImportError(
+            f"the CUDA extension is not installed: {LIBRARY.name} was not built, for want of nvcc "
+            "or because of GRANET_BUILD_CUDA=0; install the CUDA toolkit, or nvidia-cuda-nvcc, and "
+            "run `pip install --no-build-isolation .`"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        raise ImportError(
+            f"the CUDA extension does not load with torch {torch.__version__}: {error}; "
+            "install torch 2.10 or later with CUDA, or rebuild with "
+            "`pip install --no-build-isolation .`"
+        ) from error
