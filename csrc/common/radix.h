@@ -11,7 +11,11 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define GRANET_INLINE __host__ __device__ __forceinline__
+#else
 #define GRANET_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace granet {
 

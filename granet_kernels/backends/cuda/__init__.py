@@ -20,12 +20,14 @@ from granet_kernels.backends.cuda.mask import (
     unpack_mask,
     zero_inactive_,
 )
+from granet_kernels.backends.cuda.select import drop_regrow_, prune_, topk_mask
 from granet_kernels.backends.cuda.sgd import masked_sgd_
 
 __all__ = [
     "compressed_conv2d",
     "compressed_linear",
     "count_active",
+    "drop_regrow_",
     "mask_cast",
     "mask_grad",
     "masked_conv2d",
@@ -34,6 +36,8 @@ __all__ = [
     "masked_linear_backward",
     "masked_sgd_",
     "pack_mask",
+    "prune_",
+    "topk_mask",
     "unpack_mask",
     "zero_inactive_",
 ]

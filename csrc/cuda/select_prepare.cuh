@@ -1,0 +1,79 @@
+// What comes before a selection: segments as they are at first, and how many elements to drop.
+#pragma once
+
+#include "cuda/select_choose.cuh"
+
+namespace granet::cuda {
+
+// As many numbers as a launch carries: its arguments may take 4 KiB on every device and driver.
+struct Counts {
+  static constexpr int kMost = 480;
+  int64_t of[kMost];
+};
+
+__global__ void __launch_bounds__(SelectTraits::kThreads)
+    write_counts_kernel(const __grid_constant__ Counts counts, int count, int64_t* to) {
+  for (int i = threadIdx.x; i < count; i += SelectTraits::kThreads) to[i] = counts.of[i];
+}
+
+// Segments know their size and what is wanted of them; nothing where `k` is null, since it is counted later.
+__global__ void __launch_bounds__(SelectTraits::kThreads)
+    prepare_kernel(Selection selection, const int64_t* k, int64_t segments, int64_t elements) {
+  for (int64_t i = blockIdx.x; i < segments; i += gridDim.x) {
+    State state{};
+    state.chunks = selection.table.chunks;
+    state.elements = elements;
+    if (selection.each) {
+      const SelectRow& row = reinterpret_cast<const SelectRow*>(selection.table.rows)[i];
+      state.first_chunk = row.first_chunk;
+      state.chunks = ceil_div(row.numel, SelectTraits::kChunk);
+      state.elements = row.numel;
+    }
+    state.wanted = k == nullptr ? 0 : k[i];
+    forget(state, selection.bits);
+    if (threadIdx.x == 0) selection.segments[i] = {state, 0, 0};
+    if (state.chunks < 2) continue;  // the block that has the chunk counts in its own memory
+    unsigned long long* bins = selection.histograms + i * SelectTraits::kBins;
+    for (int bin = threadIdx.x; bin < SelectTraits::kBins; bin += SelectTraits::kThreads) bins[bin] = 0;
+  }
+}
+
+// ceil(p * active), the product one IEEE double; p outside [0, 1] counts as the nearer end, NaN as 0.
+__device__ __forceinline__ int64_t dropped_of(double fraction, int64_t active) {
+  const double p = fraction > 0 ? (fraction < 1 ? fraction : 1.0) : 0.0;
+  return static_cast<int64_t>(ceil(p * static_cast<double>(active)));
+}
+
+// Of each tensor as many are to be regrown, and the others kept, as `fraction` says of its active weights.
+__global__ void __launch_bounds__(SelectTraits::kThreads)
+    count_kernel(Table table, Segment* kept, Segment* regrown, Fraction fraction) {
+  struct Memory {
+    int64_t room[SelectTraits::kThreads / kWarpSize];
+    bool flag;
+  };
+  Memory& shared = shared_memory<Memory>();
+  Walk walk(table, true);
+  while (walk.any()) {
+    const int64_t index = walk.segment();
+    Segment& segment = kept[index];
+    const int64_t of_segment = segment.state.chunks;
+    int64_t chunks = 0, count = 0, of_block = 0;
+    for (; walk.any() && walk.segment() == index; walk.next(), ++chunks) {
+      const uint8_t* mask = walk.row().mask + walk.first_element() / kGroup;
+      const int groups = (walk.elements() + kGroup - 1) / kGroup;
+      for (int group = threadIdx.x; group < groups; group += SelectTraits::kThreads) count += __popc(mask[group]);
+    }
+    sum_before(count, shared.room, of_block);
+    if (threadIdx.x == 0) atomicAdd(&segment.above, static_cast<unsigned long long>(of_block));
+    if (arrives_last(segment, chunks, of_segment, &shared.flag) && threadIdx.x == 0) {
+      const auto active = static_cast<int64_t>(__ldcg(&segment.above));
+      const int64_t dropped = dropped_of(fraction.address == nullptr ? fraction.number : *fraction.address, active);
+      segment.state.wanted = active - dropped;
+      regrown[index].state.wanted = dropped;
+      segment.above = segment.arrived = 0;
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace granet::cuda
