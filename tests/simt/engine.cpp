@@ -30,6 +30,8 @@ struct Thread {
   uint32_t mask = 0;   // of the warp operation it waits in
   uint64_t value = 0;  // what it gives
   std::array<uint64_t, kWarp> received{};
+  std::array<char, 2> warp_barrier{};  // two in turn, as those of a block
+  unsigned warp_barriers = 0;
   bool fenced = false;
   size_t observed_count = 0;
   std::array<void*, kObserved> observed{};
@@ -51,8 +53,10 @@ struct Block {
   size_t wanted_bytes = 0;
   size_t wanted_alignment = 0;
   std::vector<unsigned> order;
-  char barrier = 0;  // its address is what ThreadSanitizer knows the barrier by
-  std::array<char, kMostThreads / kWarp> warp_barrier{};
+  // The addresses are what ThreadSanitizer knows barriers by: two in turn, since a thread may come to the next one
+  // while others have yet to leave this one, and must not seem ordered with them by it.
+  std::array<char, 2> barrier{};
+  unsigned barriers = 0;
 };
 
 std::mutex one_launch;
@@ -235,6 +239,8 @@ void run(const Launch& wanted) {
   thread_sanitizer_acquire(&launch_end);
 }
 
+void fail(const std::string& message) { raise(message); }
+
 unsigned thread_index() { return running->index; }
 unsigned block_index() { return running->block->index; }
 unsigned block_size() { return launch.threads; }
@@ -243,7 +249,8 @@ unsigned grid_size() { return launch.blocks; }
 void sync_threads(Place place) {
   Thread& thread = *running;
   Block& block = *thread.block;
-  thread_sanitizer_release(&block.barrier);
+  char* barrier = &block.barrier[block.barriers % 2];
+  thread_sanitizer_release(barrier);
   thread.place = place;
   thread.state = State::kAtBarrier;
   if (++block.at_barrier == block.threads) {
@@ -254,9 +261,10 @@ void sync_threads(Place place) {
       block.pool[i]->state = State::kReady;
     }
     block.at_barrier = 0;
+    ++block.barriers;
   }
   leave();
-  thread_sanitizer_acquire(&block.barrier);
+  thread_sanitizer_acquire(barrier);
 }
 
 const uint64_t* exchange(uint32_t mask, uint64_t value, Place place) {
@@ -281,18 +289,22 @@ const uint64_t* exchange(uint32_t mask, uint64_t value, Place place) {
   }
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if ((mask >> lane & 1) == 0) continue;
-    block.pool[first + lane]->received = values;
-    block.pool[first + lane]->state = State::kReady;
+    Thread& other = *block.pool[first + lane];
+    other.received = values;
+    other.state = State::kReady;
   }
   leave();
   return thread.received.data();
 }
 
 void sync_warp(uint32_t mask, Place place) {
-  char* barrier = &running->block->warp_barrier[running->index / kWarp];
-  thread_sanitizer_release(barrier);
-  exchange(mask, 0, place);
-  thread_sanitizer_acquire(barrier);
+  Thread& thread = *running;
+  char* own = &thread.warp_barrier[thread.warp_barriers++ % 2];
+  thread_sanitizer_release(own);
+  const uint64_t* barriers = exchange(mask, reinterpret_cast<uintptr_t>(own), place);
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1) != 0) thread_sanitizer_acquire(reinterpret_cast<void*>(barriers[lane]));
+  }
 }
 
 // As in C++: what was written before a fence is seen by whoever, after an atomic access of his that reads a later one

@@ -56,6 +56,7 @@ unsigned grid_size();
 
 using Place = std::source_location;
 
+[[noreturn]] void fail(const std::string& message);  // ends the launch with a Fault
 void sync_threads(Place place);
 // All threads of the warp that are in `mask` give a value and get the 32 of the warp; 0 for those outside.
 const uint64_t* exchange(uint32_t mask, uint64_t value, Place place);

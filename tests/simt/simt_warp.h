@@ -32,7 +32,7 @@ template <typename T>
 T shuffle(uint32_t mask, T value, uint32_t source, bool inside, Place place) {
   const uint64_t* words = exchange(mask, to_word(value), place);
   if (!inside) return value;
-  if ((mask >> source & 1) == 0) throw Fault("a shuffle reads a thread that its mask leaves out");
+  if ((mask >> source & 1) == 0) fail("a shuffle reads a thread that its mask leaves out");
   return from_word<T>(words[source]);
 }
 
