@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-CXX_FILES    = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES    = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS = setup.py pyproject.toml constraints.txt $(shell find csrc -type f -not -path '*/__pycache__/*')
 
 # The demo: the same small ResNet on handwritten digits, dense and sparse. make demo SEEDS="0 1 2" repeats it.
@@ -25,7 +25,7 @@ QUICK ?=
 BENCH_FILES = $(if $(GROUP),bench/cpu/test_$(GROUP).py,bench/cpu)
 BENCH_NAME  = $(if $(GROUP),cpu-$(GROUP),cpu)
 
-.PHONY: help setup demo say-demo test say-test fuzz lint format bench-cpu say-bench-cpu kernel-report clean
+.PHONY: help setup demo say-demo test say-test fuzz lint format bench-cpu say-bench-cpu kernel-report simt clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -36,7 +36,8 @@ help:
 	@echo "make lint     check style and types only"
 	@echo "make format   rewrite the sources in the project's style"
 	@echo "make bench-cpu  measure every kernel on the CPU against what it replaces: 15 minutes (QUICK=1: 2; GROUP=conv)"
-	@echo "make kernel-report  compile every Triton kernel for A100, H100 and B200, and check the code (needs no GPU)"
+	@echo "make kernel-report  compile every kernel for A100, H100 and B200, and check the code (needs no GPU)"
+	@echo "make simt     compile the CUDA kernels for the host; GRANET_SIMT=1 then runs them on the CPU (needs no GPU)"
 	@echo "make setup    create $(VENV) and install everything into it (the others do this by themselves)"
 	@echo "make clean    remove $(VENV), build products and caches; results in runs/ stay"
 
@@ -89,6 +90,10 @@ say-bench-cpu:
 # Fails where a kernel is not what bench/kernels/claims.py promises; keeps the table in bench/results/kernels.
 kernel-report: $(VENV)/installed
 	@$(BIN)/python -m bench.kernels
+	@$(BIN)/python -m bench.kernels.cubins
+
+simt: $(VENV)/installed
+	@$(BIN)/python -m tests.simt.build
 
 setup: $(VENV)/installed
 

@@ -34,6 +34,7 @@ NEEDS = {
     "test_checkpoint.py": ("yaml",),
     "test_report.py": ("yaml",),
     "test_packaging.py": ("cmake",),
+    "test_cuda_simt.py": ("pybind11",),
     "test_triton.py": ("triton",),
 }
 missing = {

@@ -14,14 +14,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import granet_kernels
 from granet_kernels.backends.cpp.library import LIBRARY
+from granet_kernels.backends.cuda.library import LIBRARY as CUDA_LIBRARY
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     *("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "Makefile", "constraints.txt"),
-    *("LICENSE", "README.md", "csrc", "granet_kernels", "python", "tests"),
+    *("LICENSE", "README.md", "csrc", "examples", "granet_kernels", "python", "tests"),
 )
 
 
@@ -70,15 +72,21 @@ def python_files(package: Path, name: str) -> set[str]:
     return {f"{name}/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
 
 
+HAS_NVCC = torch.version.cuda is not None and shutil.which("nvcc") is not None
+needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc and a torch with CUDA")
+
+
 @pytest.mark.slow
 def test_wheel_holds_both_packages_and_the_extension(tree):
-    result = pip_wheel(tree)
+    """The kernels for one architecture, which shows as much as all."""
+    result = pip_wheel(tree, TORCH_CUDA_ARCH_LIST="9.0")
     assert result.returncode == 0, log(result)
     names = members(tree)
     expected = python_files(ROOT / "granet_kernels", "granet_kernels")
     expected |= python_files(ROOT / "python" / "granet", "granet")
     expected |= {"granet_kernels/py.typed", "granet/py.typed", "granet_kernels/_native.pyi"}
     expected |= {"granet_kernels/_granet_ops.so"}
+    expected |= {"granet_kernels/_granet_cuda.so"} if HAS_NVCC else set()
     installed = {name for name in names if ".dist-info/" not in name}
     [native] = installed - expected
     assert re.fullmatch(r"granet_kernels/_native\..*\.so", native)
@@ -110,8 +118,9 @@ def test_without_a_compiler_python_alone_is_installed_and_says_so(tree, tmp_path
 def test_sources_that_do_not_compile_fail_the_installation(tree):
     with (tree / "csrc" / "cpu" / "mask.cpp").open("a") as source:
         source.write("\n#error deliberately broken\n")
-    result = pip_wheel(tree)
+    result = pip_wheel(tree, GRANET_BUILD_CUDA="0")
     assert result.returncode != 0
+    assert "the CUDA kernels are left out: GRANET_BUILD_CUDA=0" in log(result)
     assert "deliberately broken" in log(result)
     assert list(tree.rglob("*.whl")) == []
 
@@ -127,6 +136,106 @@ def test_source_archive_can_build(tree):
     assert {"setup.py", "csrc/toolchain.py", "CMakeLists.txt", "python/granet/py.typed"} <= names
 
 
+ARCHITECTURES = """
+import sys
+sys.path.insert(0, "csrc")
+import nvcc
+architectures = nvcc.Architectures.from_environment()
+print(*architectures.names, *architectures.flags)
+"""
+
+
+KERNELS = """
+import pathlib, sys
+sys.path.insert(0, "csrc")
+import nvcc, toolchain
+toolkit, _ = toolchain.find_cuda()
+nvcc.compile_all(toolkit, nvcc.Architectures("9.0"), pathlib.Path("build"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "printed"),
+    [
+        ("", "sm_80 sm_90 compute_90"),
+        ("7.5;8.6 9.0a+PTX", "sm_86 sm_90a compute_90a"),
+        ("10.0+PTX 10.0", "sm_100 compute_100"),
+    ],
+)
+def test_architectures(wanted, printed):
+    result = run(sys.executable, "-c", ARCHITECTURES, cwd=ROOT, TORCH_CUDA_ARCH_LIST=wanted)
+    assert result.returncode == 0, log(result)
+    names = printed.split()
+    assert result.stdout.split()[: len(names)] == names
+    assert result.stdout.split()[len(names) :] == [
+        f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("7.0 7.5", "expected 8.0 or later, got '7.0 7.5'"),
+        ("Hopper", "numbers such as '8.0 9.0+PTX'"),
+    ],
+)
+def test_architectures_that_are_refused(wanted, message):
+    result = run(sys.executable, "-c", ARCHITECTURES, cwd=ROOT, TORCH_CUDA_ARCH_LIST=wanted)
+    assert result.returncode != 0
+    assert message in log(result)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_kernels_that_do_not_compile_fail_the_installation(tree):
+    (tree / "csrc" / "cuda" / "broken.cu").write_text("#error deliberately broken\n")
+    for source in (tree / "csrc" / "cuda").glob("*.cu"):
+        if source.name != "broken.cu":  # only for the time it takes
+            source.unlink()
+    result = run(sys.executable, "-c", KERNELS, cwd=tree)
+    assert result.returncode != 0
+    assert "deliberately broken" in log(result)
+    assert "failed on" in log(result)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_kernels_and_example_build_with_cmake(tmp_path):
+    """As a library for C++ users. For one architecture; the machine code of others is the same work again."""
+    bin_folder = Path(sys.executable).parent
+    environment = {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    options = ("-DGRANET_CUDA=ON", "-DGRANET_BUILD_TESTS=OFF", "-DCMAKE_CUDA_ARCHITECTURES=90-real")
+    for command in (
+        ("cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options),
+        ("cmake", "--build", tmp_path / "build", "--target", "masked_step"),
+        (tmp_path / "build" / "masked_step",),  # says so where there is no GPU
+    ):
+        result = run(*command, cwd=tmp_path, **environment)
+        assert result.returncode == 0, log(result)
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.is_file(), reason="the CUDA library is not built")
+def test_cuda_library_depends_on_torch_alone(tmp_path):
+    """On LibTorch's stable ABI; CUDA's runtime is inside, and nobody else sees it."""
+    result = run("nm", "--dynamic", CUDA_LIBRARY, cwd=tmp_path)
+    assert result.returncode == 0, log(result)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    undefined = [words[-1] for words in lines if words[-2] == "U"]
+    assert "aoti_torch_get_current_cuda_stream" in undefined
+    assert [
+        symbol for symbol in undefined if re.match(r"_?Py|cuda|_ZN\w*(at|c10|torch)\d", symbol)
+    ] == []
+    assert [words for words in lines if words[-2] == "T" and words[-1].startswith("cuda")] == []
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.is_file(), reason="the CUDA library is not built")
+def test_cuda_library_loads_without_a_gpu():
+    """Machine code for what build_info() names; the backend is there, for tensors on a GPU."""
+    status = granet_kernels.build_info()["backends"]["cuda"]
+    assert status == "available"
+    assert granet_kernels.build_info()["native"]["cuda_architectures"] != []
+
+
 def test_build_info():
     native = granet_kernels.build_info()["native"]
     assert set(native) == {
@@ -137,6 +246,7 @@ def test_build_info():
     assert native["cxx_standard"] >= 202002
     assert native["torch_abi_target"] == "2.10"
     assert re.match(r"(gcc|clang) \d+", native["compiler"])
+    assert (native["cuda_architectures"] == []) == (not CUDA_LIBRARY.is_file())
     assert native["cpu_baseline"] in (["x86-64"], ["aarch64"])  # what every machine has
 
 

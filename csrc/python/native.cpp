@@ -1,4 +1,5 @@
 // The Python module granet_kernels._native: what is not a tensor operator. It knows nothing of torch.
+#include <sstream>
 #include <string>
 
 #include <pybind11/pybind11.h>
@@ -45,6 +46,14 @@ py::object text_or_none(const std::string& text) {
   return text.empty() ? py::object(py::none()) : py::object(py::str(text));
 }
 
+// "sm_80:sm_90:compute_90", or nothing.
+py::list cuda_architectures() {
+  py::list names;
+  std::istringstream words(GRANET_TEXT(GRANET_CUDA_ARCHITECTURES));
+  for (std::string name; std::getline(words, name, ':');) names.append(name);
+  return names;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = GRANET_TEXT(GRANET_VERSION);
@@ -55,7 +64,7 @@ py::dict build_info() {
   info["cpu_baseline"] = cpu_baseline();
   info["cpu_kernels"] = isa_name(isa());
   info["cuda_toolkit"] = text_or_none(GRANET_TEXT(GRANET_CUDA_TOOLKIT));
-  info["cuda_architectures"] = py::list();  // no CUDA source is compiled yet
+  info["cuda_architectures"] = cuda_architectures();
   return info;
 }
 

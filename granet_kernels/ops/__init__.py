@@ -21,12 +21,13 @@ from granet_kernels.ops.registry import (
 
 # From fastest to slowest: the order of preference where several serve a device.
 register_backend(Backend(name="cpp", module="granet_kernels.backends.cpp", devices=("cpu",)))
+HOST_RUN = os.environ.get("GRANET_SIMT") == "1"
 register_backend(
     Backend(
         name="cuda",
         module="granet_kernels.backends.cuda",
-        # tests/simt runs the kernels on the host.
-        devices=("cpu",) if os.environ.get("GRANET_SIMT") == "1" else ("cuda",),
+        devices=("cpu",) if HOST_RUN else ("cuda",),
+        runs_in="tests/simt on the host" if HOST_RUN else "",
     )
 )
 register_backend(
