@@ -30,6 +30,17 @@ __device__ __forceinline__ Target kept_or_zero(bool is_kept, Source value) {
   return is_kept ? converted<Target>(value) : zero<Target>();
 }
 
+// By 16 bytes an access, which only an intrinsic makes sure of: of elements that are chosen one by one the compiler
+// makes single stores.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_words(T* target, const Vector<T, kCount>& vector) {
+  constexpr int kWords = sizeof vector / kAccessBytes;
+  uint4 words[kWords];
+  __builtin_memcpy(words, &vector, sizeof vector);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) __stcg(reinterpret_cast<uint4*>(target) + i, words[i]);
+}
+
 template <typename Source, typename Target>
 __device__ __forceinline__ void cast_vectors(const Source* source, Target* target, uint32_t word) {
   constexpr int kCount = kAccessBytes / (sizeof(Source) < sizeof(Target) ? sizeof(Source) : sizeof(Target));
@@ -48,7 +59,7 @@ __device__ __forceinline__ void cast_vectors(const Source* source, Target* targe
       Vector<Target, kCount> cast;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) cast.of[j] = kept_or_zero<Source, Target>(bits[i] >> j & 1, value[i].of[j]);
-      *vectors<Target, kCount>(target + place_of<kCount>(step + i)) = cast;
+      store_words(target + place_of<kCount>(step + i), cast);
     }
   }
 }

@@ -32,6 +32,11 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, const Args&... a
 #if defined(GRANET_SIMT)
 
 template <typename T>
+T* in_global(T* address) {
+  return address;
+}
+
+template <typename T>
 T& shared_memory() {
   static const char tag = 0;
   return *static_cast<T*>(simt::shared_memory(&tag, sizeof(T), alignof(T)));
@@ -43,6 +48,14 @@ T* dynamic_shared_memory() {
 }
 
 #elif defined(__CUDACC__)
+
+// A pointer to global memory that was itself read from memory: unless it is told, the compiler must take it for one
+// that may point to shared memory too, and emits generic accesses (LD, ST) instead of LDG and STG.
+template <typename T>
+__device__ __forceinline__ T* in_global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
 
 // The block's one object of type T, which nobody has initialised.
 template <typename T>

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(MaskTraits::kThreads) count_active_kernel(Tabl
   for (int64_t chunk = blockIdx.x; chunk < masks.chunks; chunk += gridDim.x) {
     const int32_t owner = masks.owners[chunk];
     const int64_t* row = masks.rows + static_cast<int64_t>(owner) * masks.width;
-    const auto* mask = reinterpret_cast<const uint8_t*>(row[kAddresses]);
+    const auto* mask = in_global(reinterpret_cast<const uint8_t*>(row[kAddresses]));
     const int64_t first = (chunk - row[kFirstChunk]) * kCountChunk;
     const int64_t end = min(first + kCountChunk, row[kNumel]);
     unsigned ones = 0;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(SelectTraits::kThreads) tie_kernel(Selection s
       if (threadIdx.x == 0) selection.tied[walk.chunk()] = total;
     }
     if (!works || !arrives_last(segment, chunks, state.chunks, &shared.flag)) continue;
-    if (threadIdx.x == 0) segment.arrived = 0;
+    if (threadIdx.x == 0) clear_arrivals(segment);
     int64_t before = 0;
     for (int64_t first = 0; first < state.chunks; first += SelectTraits::kThreads) {
       const int64_t i = first + threadIdx.x;
@@ -100,13 +100,14 @@ __device__ __forceinline__ void drop(const Walk& walk, int group, unsigned was, 
   const SelectRow& row = walk.row();
   const int64_t first = walk.first_element() + group * kGroup;
   if (const unsigned lost = was & ~now; lost != 0) {
-    with_bits(row.types, [&](auto bits) { zero_where(static_cast<decltype(bits)*>(row.numbers) + first, lost); });
+    with_bits(row.types,
+              [&](auto bits) { zero_where(in_global(static_cast<decltype(bits)*>(row.numbers)) + first, lost); });
   }
   const unsigned goes = bits_inside(left) & ~(was & now);
   if (row.momentum == nullptr || goes == 0) return;
   with_bits(row.types >> 8, [&](auto bits) {
     using Bits = decltype(bits);
-    Bits* momentum = static_cast<Bits*>(row.momentum) + first;
+    Bits* momentum = in_global(static_cast<Bits*>(row.momentum)) + first;
     const Group<Bits> old = load_group(static_cast<const Bits*>(momentum), left, is_aligned(momentum));
     unsigned nonzero = 0;
 #pragma unroll
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(SelectTraits::kThreads) apply_kernel(Selection
         continue;
       }
       if (selection.among == Among::kInactive && left > 0) chosen |= selection.kept[place + group];
-      uint8_t* mask = walk.row().mask + walk.first_element() / kGroup + group;
+      uint8_t* mask = in_global(walk.row().mask) + walk.first_element() / kGroup + group;
       if (effect == Effect::kWeights && left > 0) drop(walk, group, *mask, chosen, left);
       *mask = static_cast<uint8_t>(chosen);
     }

@@ -93,8 +93,8 @@ __device__ void choose(State& result, const State& state, int64_t above, const C
 }
 
 // After a look at some places of the segment: a bracket that holds the threshold, as likely as six sigma are. Within a
-// bin keys are taken to be spread evenly; if they are not, the pass over all elements tells, and nothing is lost but
-// it.
+// bin keys are taken to be spread evenly. Where they are not, the pass over all elements refutes the bracket, and that
+// pass is all that is lost.
 template <typename Counts>
 __device__ void guess(State& result, const State& state, int64_t places, const Counts& counts, int64_t* room,
                       uint64_t* bracket) {

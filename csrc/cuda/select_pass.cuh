@@ -156,7 +156,7 @@ __device__ __forceinline__ void for_each_segment(const Selection& selection, con
         choose(segment.state, state, above, GlobalCounts{bins}, shared);
         __syncthreads();  // all have read
         for (int bin = threadIdx.x; bin < SelectTraits::kBins; bin += SelectTraits::kThreads) bins[bin] = 0;
-        if (threadIdx.x == 0) segment.above = segment.arrived = 0;
+        if (threadIdx.x == 0) clear_arrivals(segment);
       }
     }
     __syncthreads();  // the memory may be used again

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(SelectTraits::kThreads)
     const int64_t of_segment = segment.state.chunks;
     int64_t chunks = 0, count = 0, of_block = 0;
     for (; walk.any() && walk.segment() == index; walk.next(), ++chunks) {
-      const uint8_t* mask = walk.row().mask + walk.first_element() / kGroup;
+      const uint8_t* mask = in_global(walk.row().mask) + walk.first_element() / kGroup;
       const int groups = (walk.elements() + kGroup - 1) / kGroup;
       for (int group = threadIdx.x; group < groups; group += SelectTraits::kThreads) count += __popc(mask[group]);
     }
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(SelectTraits::kThreads)
       const int64_t dropped = dropped_of(fraction.address == nullptr ? fraction.number : *fraction.address, active);
       segment.state.wanted = active - dropped;
       regrown[index].state.wanted = dropped;
-      segment.above = segment.arrived = 0;
+      clear_arrivals(segment);
     }
     __syncthreads();
   }

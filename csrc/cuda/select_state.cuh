@@ -74,7 +74,7 @@ struct Selection {
 };
 
 __device__ __forceinline__ const void* ranked(const Selection& selection, const SelectRow& row) {
-  return selection.by_gain ? row.gain : row.numbers;
+  return in_global(selection.by_gain ? row.gain : row.numbers);
 }
 
 __device__ __forceinline__ int64_t ranked_type(const Selection& selection, const SelectRow& row) {
@@ -128,7 +128,7 @@ struct Participants {
   unsigned flip;
 
   __device__ unsigned operator()(int group, int left) const {
-    return ((bits == nullptr ? 0U : bits[group]) ^ flip) & bits_inside(left);
+    return ((bits == nullptr ? 0U : in_global(bits)[group]) ^ flip) & bits_inside(left);
   }
 };
 
@@ -160,6 +160,12 @@ __device__ __forceinline__ Number sum_before(Number value, Number* room, Number&
   }
   __syncthreads();  // `room` may be used again
   return of_warps + sum - value;
+}
+
+// Nobody has arrived; by one thread of the block that was last. Atomically, as all accesses to these are.
+__device__ __forceinline__ void clear_arrivals(Segment& segment) {
+  atomicExch(&segment.above, 0ULL);
+  atomicExch(&segment.arrived, 0ULL);
 }
 
 // Whether the block is the last to arrive with chunks of the segment, `total` of them: then it sees what all have

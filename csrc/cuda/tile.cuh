@@ -88,7 +88,7 @@ struct Place {
 
   template <typename T>
   __device__ __forceinline__ T* address(int list) const {
-    return reinterpret_cast<T*>(row[kAddresses + list]);
+    return in_global(reinterpret_cast<T*>(row[kAddresses + list]));
   }
 };
 
