@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(MaskTraits::kThreads)
   const int64_t first = pair * MaskTraits::kPacked, left = numel - first;
   uint64_t low = 0, high = 0;
   if (left >= MaskTraits::kPacked && is_aligned(mask)) {
-    const uint4 loaded = *reinterpret_cast<const uint4*>(mask + first);
+    const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(mask + first));
     low = loaded.x | static_cast<uint64_t>(loaded.y) << 32;
     high = loaded.z | static_cast<uint64_t>(loaded.w) << 32;
   } else {
