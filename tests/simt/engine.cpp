@@ -4,10 +4,10 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <random>
 #include <vector>
 
 #include "fiber.h"
@@ -53,6 +53,8 @@ struct Block {
   size_t wanted_bytes = 0;
   size_t wanted_alignment = 0;
   std::vector<unsigned> order;
+  char* stacks = nullptr;
+  size_t stack_count = 0;
   // The addresses are what ThreadSanitizer knows barriers by: two in turn, since a thread may come to the next one
   // while others have yet to leave this one, and must not seem ordered with them by it.
   std::array<char, 2> barrier{};
@@ -79,7 +81,23 @@ Launch launch;
 std::vector<std::unique_ptr<Block>> resident;
 Thread* running = nullptr;
 Fiber host;
-std::mt19937_64 random_bits;
+
+// Ours and not the library's: of a template that is compiled with the sanitizer elsewhere, the linker may take that
+// copy.
+struct RandomBits {
+  using result_type = uint64_t;
+  static constexpr uint64_t min() { return 0; }
+  static constexpr uint64_t max() { return std::numeric_limits<uint64_t>::max(); }
+
+  uint64_t state = 0;
+  uint64_t operator()() {  // splitmix64
+    uint64_t bits = state += 0x9e3779b97f4a7c15;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+    return bits ^ bits >> 31;
+  }
+};
+RandomBits random_bits;
 char launch_end = 0;
 std::string fault;  // raised by a thread of the device
 
@@ -116,6 +134,11 @@ void start_block(Block& block, unsigned index) {
   block.threads = launch.threads;
   block.at_barrier = block.done = 0;
   while (block.pool.size() < block.threads) block.pool.push_back(std::make_unique<Thread>());
+  if (block.stack_count < block.threads) {
+    delete_stacks(block.stacks, block.stack_count);
+    block.stacks = static_cast<char*>(new_stacks(block.threads));
+    block.stack_count = block.threads;
+  }
   for (unsigned i = 0; i < block.threads; ++i) {
     Thread& thread = *block.pool[i];
     thread.block = &block;
@@ -123,7 +146,7 @@ void start_block(Block& block, unsigned index) {
     thread.state = State::kReady;
     thread.fenced = false;
     thread.observed_count = 0;
-    start_fiber(thread.fiber, &thread_main);
+    start_fiber(thread.fiber, block.stacks + i * stack_bytes(), &thread_main);
   }
   block.order.resize(block.threads);
   for (unsigned i = 0; i < block.threads; ++i) {
@@ -137,6 +160,11 @@ void end_block(Block& block) {
   block.shared.clear();
   for (unsigned i = 0; i < block.threads; ++i) end_fiber(block.pool[i]->fiber);
   block.threads = 0;
+#if defined(GRANET_SIMT_TSAN)
+  delete_stacks(block.stacks, block.stack_count);
+  block.stacks = nullptr;
+  block.stack_count = 0;
+#endif
 }
 
 // Where the threads of a block are, for a message: "96 wait at select.cu:12 (syncthreads)".
@@ -225,7 +253,7 @@ void set_options(const Options& options) {
 void run(const Launch& wanted) {
   const std::lock_guard lock(one_launch);
   launch = wanted;
-  random_bits.seed(chosen.seed);
+  random_bits.state = chosen.seed;
   adopt_host(host);
   try {
     run_blocks();
@@ -323,8 +351,9 @@ void before_atomic(void* address) {
 
 void after_atomic(void* address) {
   Thread& thread = *running;
-  const auto* end = thread.observed.data() + thread.observed_count;
-  if (std::find(thread.observed.data(), const_cast<void**>(end), address) != end) return;
+  for (size_t i = 0; i < thread.observed_count; ++i) {
+    if (thread.observed[i] == address) return;
+  }
   thread.observed[thread.observed_count % kObserved] = address;  // the oldest goes
   thread.observed_count = std::min(thread.observed_count + 1, kObserved);
 }

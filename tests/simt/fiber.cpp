@@ -7,6 +7,8 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -27,9 +29,10 @@ constexpr size_t kStackBytes = 128 * 1024;  // of addresses; memory is given whe
 
 constexpr size_t kGuardBytes = 4096;
 
+constexpr int kMapFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+
 void* map_memory(size_t bytes) {
-  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kMapFlags, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   return memory;
 }
@@ -156,13 +159,31 @@ void adopt_host(Fiber& host) {
 #endif
 }
 
-void start_fiber(Fiber& fiber, void (*main)()) {
-  fiber_main = main;
-  if (fiber.stack == nullptr) {
-    fiber.stack = map_memory(kStackBytes);
-    fiber.stack_bytes = kStackBytes;
-    mprotect(fiber.stack, kGuardBytes, PROT_NONE);  // who needs more is stopped
+size_t stack_bytes() { return kStackBytes; }
+
+void* new_stacks(size_t count) {
+#if defined(GRANET_SIMT_TSAN)
+  // Not by mmap, for which the sanitizer writes four times as much shadow; to touch it is enough.
+  const long address = syscall(SYS_mmap, nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, kMapFlags, -1, 0);
+  if (address == -1) throw std::bad_alloc();
+  return reinterpret_cast<void*>(address);
+#else
+  void* stacks = map_memory(count * kStackBytes);
+  for (size_t i = 0; i < count; ++i) {
+    mprotect(static_cast<char*>(stacks) + i * kStackBytes, kGuardBytes, PROT_NONE);  // who needs more is stopped
   }
+  return stacks;
+#endif
+}
+
+void delete_stacks(void* stacks, size_t count) {
+  if (stacks != nullptr) munmap(stacks, count * kStackBytes);
+}
+
+void start_fiber(Fiber& fiber, void* stack, void (*main)()) {
+  fiber_main = main;
+  fiber.stack = stack;
+  fiber.stack_bytes = kStackBytes;
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(static_cast<char*>(fiber.stack) + kGuardBytes, fiber.stack_bytes - kGuardBytes);
   fiber.asan_stack = nullptr;
@@ -177,8 +198,6 @@ void end_fiber([[maybe_unused]] Fiber& fiber) {
 #if defined(GRANET_SIMT_TSAN)
   if (fiber.tsan_fiber != nullptr) __tsan_destroy_fiber(fiber.tsan_fiber);
   fiber.tsan_fiber = nullptr;
-  if (fiber.stack != nullptr) munmap(fiber.stack, fiber.stack_bytes);
-  fiber.stack = nullptr;
 #endif
 }
 

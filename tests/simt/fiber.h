@@ -13,10 +13,16 @@ struct Fiber {
   void* tsan_fiber = nullptr;
 };
 
-void adopt_host(Fiber& host);                    // the thread of the system that runs now
-void start_fiber(Fiber& fiber, void (*main)());  // it begins when it is switched to; `main` must not return
-void end_fiber(Fiber& fiber);                    // it will not be switched to again; its stack is kept for the next
+void adopt_host(Fiber& host);  // the thread of the system that runs now
+// Give a fiber a stack of stack_bytes(), on which it begins when it is switched to; `main` must not return.
+void start_fiber(Fiber& fiber, void* stack, void (*main)());
+void end_fiber(Fiber& fiber);  // it will not be switched to again
 void switch_fiber(Fiber& from, Fiber& to, bool ends);
+
+// Stacks, one behind the other. For ThreadSanitizer those of a block must be new ones: see new_memory.
+size_t stack_bytes();
+void* new_stacks(size_t count);
+void delete_stacks(void* stacks, size_t count);
 
 // Fresh memory, exactly so large where AddressSanitizer looks. For ThreadSanitizer it comes from the system, which
 // makes it forget who used these addresses before: to free memory would be a race with whoever was not ordered with the

@@ -153,6 +153,7 @@ int main() {
   test_table();
   test_count();
   for (const int64_t numel : kSizes) {
+    if (kIsSlow && numel != 8200) continue;
     for (const size_t offset : {0, 1}) {
       test_pack_and_unpack(numel, offset);
       test_cast(numel, offset, /*keep_all=*/false);
@@ -161,6 +162,7 @@ int main() {
   }
   test_cast_in_another_order();
   for (const double active : {0.0, 0.05, 0.9, 1.0}) {
+    if (kIsSlow && active != 0.9) continue;
     for (const size_t offset : {0, 1}) {
       test_zero<uint16_t>(offset, active);
       test_zero<uint32_t>(offset, active);

@@ -37,6 +37,9 @@ Tensor<Param, Momentum> tensor(int64_t numel, size_t offset, double active) {
   t.momentum = random_numbers<Momentum>(with_offset);
   t.mask = random_mask(numel, active);
   t.packed = pack(t.mask);
+  for (size_t i = t.mask.size(); i < 8 * t.packed.size(); ++i) {  // bits of no weight, which must not matter
+    t.packed[i >> 3] |= static_cast<uint8_t>(1 << (i & 7));
+  }
   for (size_t i = 0; i < t.mask.size(); ++i) {  // whoever lets the inactive in shows
     if (t.mask[i] == 0) t.grad[offset + i] = std::numeric_limits<Param>::quiet_NaN();
   }
@@ -126,6 +129,7 @@ int main() {
   for (const Case& test : cases) test_step<float, float>(test, Dtype::kFloat32, Dtype::kFloat32, 0, 0.1);
   for (const size_t offset : {0, 1}) {
     for (const double active : {0.0, 0.5, 1.0}) {
+      if (kIsSlow && active != 0.5) continue;
       test_step<float, float>(cases[1], Dtype::kFloat32, Dtype::kFloat32, offset, active);
       test_step<double, double>(cases[4], Dtype::kFloat64, Dtype::kFloat64, offset, active);
     }
