@@ -21,12 +21,14 @@ from granet_kernels.ops.registry import (
 
 # From fastest to slowest: the order of preference where several serve a device.
 register_backend(Backend(name="cpp", module="granet_kernels.backends.cpp", devices=("cpu",)))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 register_backend(
     Backend(
         name="triton",
         module="granet_kernels.backends.triton",
         # Triton's interpreter follows the addresses in the kernels' tables on the host.
-        devices=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+        devices=("cpu",) if INTERPRETED else ("cuda",),
+        runs_in="Triton's interpreter" if INTERPRETED else "",
     )
 )
 register_backend(

@@ -31,6 +31,8 @@ class Backend:
     """Imported on first use; its functions are named after the operators."""
     devices: tuple[str, ...] | None
     """Device types it computes on; None: any."""
+    runs_in: str = ""
+    """What its kernels run in, where that is not the device itself."""
 
     def serves(self, device_type: str) -> bool:
         return self.devices is None or device_type in self.devices

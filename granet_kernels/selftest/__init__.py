@@ -9,7 +9,7 @@ times the number of roundings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from granet_kernels.ops import (
     use_backend,
 )
 from granet_kernels.ops.registry import operators_of, registered_backends
-from granet_kernels.selftest import inputs, inputs_compressed
+from granet_kernels.selftest import inputs, inputs_compressed, inputs_layers
 
-GENERATORS = inputs.GENERATORS | inputs_compressed.GENERATORS
+GENERATORS = inputs.GENERATORS | inputs_layers.GENERATORS | inputs_compressed.GENERATORS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -119,6 +119,8 @@ class Outcome:
     operator: str
     cases: int
     failures: tuple[str, ...]
+    runs_in: str = ""
+    """What the backend's kernels ran in, where that is not the device itself."""
     note: str = ""
     """Why there was nothing to run."""
 
@@ -142,12 +144,15 @@ def _check_all() -> Iterator[Outcome]:
         if reason := backend_status()[backend.name]:
             yield _note(backend.name, "-", "all", f"not available: {reason}")
             continue
-        for device in devices():
-            if not backend.serves(device):
-                continue
+        served = [device for device in devices() if backend.serves(device)]
+        if not served:
+            names = " or ".join(backend.devices or ())
+            yield _note(backend.name, "-", "all", f"no {names} device here")
+        for device in served:
             for operator in OPERATORS:
                 if operator in operators_of(backend.name):
-                    yield check(operator, backend.name, device)
+                    outcome = check(operator, backend.name, device)
+                    yield replace(outcome, runs_in=backend.runs_in)
                 else:
                     with use_backend("auto"):
                         other = backend_for(operator, device)

@@ -56,4 +56,6 @@ def _row(outcome: Outcome) -> tuple[str, str, str, str, str]:
     result = outcome.note or "ok"
     if outcome.failures:
         result = f"{len(outcome.failures)} MISMATCHES"
+    if outcome.runs_in:
+        result += f", in {outcome.runs_in}"
     return (outcome.backend, outcome.device, outcome.operator, str(outcome.cases or "-"), result)
