@@ -26,7 +26,7 @@ from bench.cpu.race import Race
 from bench.cpu.rows import Row
 from bench.cpu.shapes import ConvShape
 from bench.cpu.targets import DENSE
-from granet_kernels import MaskedConv2d
+from granet_kernels import MaskedConv2d, MaskedLinear
 from granet_kernels.backends.cpp.index import LONGEST_TILE
 
 PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 3}
@@ -78,7 +78,8 @@ def rows_of(
     found = race.compare(DENSE, WITHOUT_WEIGHTS, measure)
     if found is None:
         return []
-    milliseconds = account_ms(shape, measure, sparsity, found.ours_ms, rates(threads))
+    measured = rates(threads, None if isinstance(shape, ConvShape) else shape.batch)
+    milliseconds = account_ms(shape, measure, sparsity, found.ours_ms, measured)
     return [
         Row(
             group=f"{group}-account",
@@ -98,9 +99,13 @@ def rows_of(
 
 
 @functools.cache
-def rates(threads: int) -> Rates:
-    """Measured once for each number of threads, which must be torch's now."""
-    return Rates(bytes_a_ms=_bytes_a_ms(), products_a_ms=_products_a_ms(threads))
+def rates(threads: int, rows: int | None = None) -> Rates:
+    """Measured once for each number of threads, which must be torch's now, and of a linear layer's rows.
+
+    A kernel adds an active weight to eight vectors at once, or as many as there are rows: with few of
+    them, finding the weight takes longer than its products.
+    """
+    return Rates(bytes_a_ms=_bytes_a_ms(), products_a_ms=_products_a_ms(threads, rows))
 
 
 def _bytes_a_ms() -> float:
@@ -108,18 +113,22 @@ def _bytes_a_ms() -> float:
     return numbers.numel() * 4 / _median_ms(numbers.sum)
 
 
-def _products_a_ms(threads: int) -> float:
-    """From what half of the weights add, on one thread, to a layer whose input takes 13 KiB."""
-    layer = MaskedConv2d(8, 512, 3, padding=1, bias=False)
+def _products_a_ms(threads: int, rows: int | None) -> float:
+    """From what half of the weights add, on one thread, to a layer whose input takes 8 to 16 KiB."""
+    layer: MaskedConv2d | MaskedLinear
+    if rows is None:
+        layer, input = MaskedConv2d(8, 512, 3, padding=1, bias=False), torch.randn(1, 8, 14, 30)
+    else:
+        features = max(8, min(64, 4096 // rows))
+        layer, input = MaskedLinear(features, 2048, bias=False), torch.randn(rows, features)
+    pixels = input.numel() // input.size(1)
     layer.algorithm = "sparse"
-    images = torch.randn(1, 8, 14, 30)
-    took = []
     torch.set_num_threads(1)
+    took = []
     for density in (0.5, 0.0):
         layer.mask = torch.rand(layer.weight.shape) < density  # type: ignore[assignment]
-        products = layer.count_active() * images[:, 0].numel()
         with torch.inference_mode():
-            took.append((products, _median_ms(lambda: layer(images), times=51)))
+            took.append((layer.count_active() * pixels, _median_ms(lambda: layer(input), times=51)))
     torch.set_num_threads(threads)
     (products, with_weights), (_, without) = took
     return threads * products / (with_weights - without)
