@@ -8,6 +8,7 @@ as the one that was stopped.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -17,15 +18,26 @@ Algorithm = Literal["auto", "dense", "sparse"]
 
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 
-_last: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+@dataclass(slots=True)
+class Choice:
+    """Of one layer."""
+
+    last: str | None = None
+    """What last computed it; None before the first time."""
 
 
-def note_choice(mask: Tensor, chosen: str) -> None:
-    """Record what computed the layer of a packed mask."""
-    _last[mask] = chosen
+_choices: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by packed mask
+
+
+def choice_of(mask: Tensor) -> Choice:
+    """Where the backend notes what computes the layer of a packed mask."""
+    choice: Choice | None = _choices.get(mask)
+    if choice is None:
+        choice = _choices[mask] = Choice()
+    return choice
 
 
 def last_choice(mask: Tensor) -> str | None:
     """What last computed the layer of a packed mask; None before the first time."""
-    choice: str | None = _last.get(mask)
-    return choice
+    return choice_of(mask).last

@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # the tensors are small: threads would only wait for o
 if "GRANET_TEST_DEVICE" in os.environ:  # where the operators' tests make their tensors
     torch.set_default_device(os.environ["GRANET_TEST_DEVICE"])
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import tests.triton_interpreter  # noqa: F401  (mends it)
+    import tests.quick_interpreter  # noqa: F401
 
 
 # A machine with a GPU need not have the extras: what cannot be imported there is left out, and said.

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -444,16 +445,17 @@ def test_machine_names():
     assert machine.cache_bytes(CPU) == 0
 
 
-def suite(*arguments, **environment):
+def started(*arguments, **environment):
     environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", "bench/gpu_suite.sh", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = ["bash", "bench/gpu_suite.sh", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **streams)
+
+
+def suite(*arguments, **environment):
+    process = started(*arguments, **environment)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def test_suite_says_that_there_is_no_gpu(tmp_path):
@@ -477,6 +479,31 @@ def test_suite_refuses(arguments, message):
     answer = suite(*arguments)
     assert answer.returncode == 2
     assert message in answer.stderr
+
+
+def test_suite_summarizes_when_interrupted(tmp_path):
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "granet.py").write_text("import time\nprint('sleeping', flush=True)\ntime.sleep(100)\n")
+    out = tmp_path / "out"
+    stages = ["--stages", "check,bandwidth"]
+    process = started("--device", "cpu", "--quick", *stages, str(out), PYTHONPATH=str(fake))
+    try:
+        log = out / "suite.log"
+        while not (log.exists() and "sleeping" in log.read_text()) and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    with (out / "stages.csv").open() as file:
+        outcomes = [(row["stage"], row["outcome"]) for row in csv.DictReader(file)]
+    assert outcomes == [("check", "interrupted")]
+    summary = (out / "summary.txt").read_text()
+    assert summary in stdout
+    assert "interrupted" in summary
+    assert "sleeping" in summary
 
 
 def test_suite_goes_on_after_a_failure(tmp_path):

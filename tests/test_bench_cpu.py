@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: `bench` is not installed, everything else is
 
-from bench.cpu import layers, rows, shapes, targets, verdict  # noqa: E402
+from bench.cpu import account, layers, rows, shapes, targets, verdict  # noqa: E402
 from bench.cpu.effort import FULL, QUICK  # noqa: E402
 from bench.cpu.race import Contender, Race  # noqa: E402
 from bench.cpu.targets import Target  # noqa: E402
@@ -158,6 +158,20 @@ def test_the_shapes_are_those_of_the_published_comparison():
     assert len(set(map(str, shapes.LINEARS))) == 8
 
 
+def test_an_account_is_the_sum_of_its_parts():
+    rates = account.Rates(bytes_a_ms=1e3, products_a_ms=1e6)
+    pointwise = shapes.ConvShape(64, 32, 16, 1, 1, 2)
+    pixels, weights = 2 * 16 * 16, 64 * 32
+    lines = 4 * weights * (1 - 0.9**16)
+    forward = 5 + (lines + 4 * pixels * 64) / 1e3 + 0.1 * weights * pixels / 1e6
+    assert account.account_ms(pointwise, "forward", 0.9, 5, rates) == pytest.approx(forward)
+    both = 5 + (2 * lines + 8 * pixels * 96) / 1e3 + 0.3 * weights * pixels / 1e6
+    assert account.account_ms(pointwise, "forward+backward", 0.9, 5, rates) == pytest.approx(both)
+    packed = shapes.ConvShape(8, 8, 9, 3, 2, 1)
+    expected = 4 * 576 * (1 - 0.5**16) / 1e3 + 0.5 * 576 * 25 / 1e6
+    assert account.account_ms(packed, "forward", 0.5, 0, rates) == pytest.approx(expected)
+
+
 def make_row(speedup, case="a", **fields):
     return rows.Row(
         **{
@@ -257,6 +271,6 @@ def test_a_quick_group(tmp_path):
     assert "MaskedLinear" in answer.stdout
     with (tmp_path / "cpu-linear.csv").open(newline="") as file:
         measured = list(csv.DictReader(file))
-    dense = [row for row in measured if row["baseline"] == "dense"]
+    dense = [r for r in measured if (r["group"], r["baseline"]) == ("linear", "dense")]
     assert [row["measure"] for row in dense] == ["forward", "forward+backward"]
     assert all(float(row["ours_ms"]) > 0 and row["threads"] == "1" for row in dense)

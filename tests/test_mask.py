@@ -90,7 +90,7 @@ def test_mask_cast_by_hand():
 
 
 @pytest.mark.parametrize("offset", [0, 1, 8])
-@pytest.mark.parametrize("numel", [1, 8, 2047, 2048, 4104])
+@pytest.mark.parametrize("numel", [1, 8, 2047, 2048, 4099, 4104])
 def test_views_into_larger_memory(numel, offset):
     """At any address, and what lies before and behind stays as it is."""
     memory, mask = torch.randn(offset + numel + 9), torch.rand(numel) < 0.5

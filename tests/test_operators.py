@@ -29,6 +29,19 @@ def test_equals_reference_on_gpu(operator):
         assert selftest.check(operator, backend, "cuda").failures == ()
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_has_the_form_of_the_results(operator):
+    """Shape, dtype and strides, by which code is compiled before anything is computed."""
+    for case in selftest.cases(operator):
+        forms = []
+        for device in ("cpu", "meta"):
+            args, kwargs = case.arguments(device)
+            with use_backend("reference"), torch.no_grad():
+                results = getattr(torch.ops.granet, operator)(*args, **kwargs)
+            forms.append([selftest._form(tensor) for tensor in selftest._tensors(results)])
+        assert forms[0] == forms[1], case
+
+
 def has_nan(args):
     return any(tensor.isnan().any() for tensor in selftest._tensors(args))
 

@@ -8,11 +8,13 @@ import triton.language as tl
 from triton import jit
 
 from granet_kernels import pack_mask
-from granet_kernels.backends.triton import launch, select
-from granet_kernels.backends.triton.select_kernels import BINS
+from granet_kernels.backends.triton import launch, select, table
+from granet_kernels.backends.triton import mask as mask_operators
+from granet_kernels.backends.triton.select_kernels import TOGETHER, add_up
 from granet_kernels.backends.triton.select_keys import (
     BLOCK,
     CHUNK,
+    DIGIT_BITS,
     Ranking,
     digits,
     key_bits,
@@ -101,9 +103,24 @@ def test_keys_have_the_order_of_the_ranking(order, dtype, compared_in):
 @pytest.mark.parametrize("bits", [15, 16, 31, 32, 63, 64])
 def test_digits_are_all_of_a_key(bits):
     for shift, values in digits(bits):
-        assert values == 1 << (bits - shift) <= BINS.value
+        assert values == 1 << (bits - shift) <= 1 << DIGIT_BITS
         bits = shift
     assert bits == 0
+
+
+@jit
+def _add_up_kernel(tied, tied_before, chunks, VALUES: tl.constexpr):
+    add_up(tied, tied_before, chunks, VALUES)
+
+
+def test_tied_elements_of_more_chunks_than_are_added_at_once():
+    """A tensor of some forty million elements has as many."""
+    chunks = 2 * TOGETHER.value + 9
+    tied = torch.randint(0, 1 << 31, (chunks, 4)).int()
+    before = torch.empty(chunks, dtype=torch.int64)
+    launch.launch(_add_up_kernel, 1, tied[:, 1:], before, chunks, VALUES=4)
+    column = tied[:, 1].long()
+    assert torch.equal(before, column.cumsum(0) - column)
 
 
 @pytest.mark.parametrize("each", [False, True], ids=["together", "each"])
@@ -155,6 +172,37 @@ def test_counts_out_of_range(k):
     for counts in (torch.tensor([k]), torch.tensor([k, 3])):
         same_as_reference("triton", ops.prune_, weights, masks, counts, [])
         same_as_reference("triton", ops.topk_mask, weights, counts)
+
+
+def test_launches(monkeypatch):
+    """One for each digit and a last one; dropping and regrowing twice that, and nothing to count before."""
+    launched = []
+    monkeypatch.setattr(table, "_tables", type(table._tables)())
+
+    def noted(kernel, programs, *args, **meta):
+        launched.append(kernel.fn.__name__)
+        launch.launch(kernel, programs, *args, **meta)
+
+    for module in (select, table, mask_operators):
+        monkeypatch.setattr(module, "launch", noted)
+    fraction = torch.tensor(0.5, dtype=torch.float64)
+    for dtype in FLOATS:
+        masks = [full_mask(40), full_mask(8)]
+        weights, scores = (
+            [torch.randn(40, dtype=dtype), torch.randn(8, dtype=dtype)] for _ in "ab"
+        )
+        passes = len(digits(key_bits("magnitude", dtype)))
+        if DIGIT_BITS == 12:
+            assert passes == {8: 6, 4: 3, 2: 2}[dtype.itemsize]
+        ranking = ["_first_digit_kernel", *["_narrow_kernel"] * (passes - 1), "_settle_kernel"]
+        for _ in range(2):
+            launched.clear()
+            select.prune_(weights, masks, torch.tensor([9]), [])
+        assert launched == ranking
+        for _ in range(2):
+            launched.clear()
+            select.drop_regrow_(weights, masks, scores, fraction, [])
+        assert launched == 2 * ranking
 
 
 def test_the_host_reads_nothing_and_launches_the_same(monkeypatch):

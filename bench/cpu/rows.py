@@ -76,6 +76,7 @@ def geometric_means(rows: Sequence[Row]) -> list[Row]:
     families: dict[tuple[str, str, str, int, float], list[Row]] = {}
     known = {(group, baseline) for group, _, baseline in GEOMETRIC}
     known |= {("conv", "SparseProp"), ("conv-batch-1", "dense")}
+    known |= {("conv-account", "dense"), ("linear-account", "dense")}
     for row in rows:
         if (row.group, row.baseline) in known and row.sparsity is not None:
             key = (row.group, row.measure, row.baseline, row.threads, row.sparsity)

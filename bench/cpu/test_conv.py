@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cpu import shapes, verdict
+from bench.cpu import account, shapes, verdict
 from bench.cpu.layers import OURS, inference, make_data, role, training
 from bench.cpu.targets import DENSE, SPARSEPROP, of_shape
 
@@ -43,6 +43,7 @@ def test_conv(shape, threads, effort, race, ledger):
                     target=of_shape("conv", measure, baseline, sparsity),
                 )
                 ledger += [row] if row else []
+            ledger += account.rows_of(done, "conv", shape, measure, threads, sparsity)
     if reason := done.failure(role(OURS, effort.sparsities[0])):
         pytest.fail(reason)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cpu import shapes, verdict
+from bench.cpu import account, shapes, verdict
 from bench.cpu.layers import OURS, make_data, role, training
 from bench.cpu.targets import DENSE, SPARSEPROP
 
@@ -36,5 +36,6 @@ def test_linear(shape, threads, effort, race, ledger):
                     operator="masked_linear",
                 )
                 ledger += [row] if row else []
+            ledger += account.rows_of(done, "linear", shape, measure, threads, sparsity)
     if reason := done.failure(role(OURS, effort.sparsities[0])):
         pytest.fail(reason)

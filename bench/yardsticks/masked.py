@@ -83,7 +83,7 @@ def make_masked(sparsity: float, distribution: Distribution, setting: Setting) -
 
 def build_sgd(sparsity: float, distribution: Distribution, setting: Setting) -> Case:
     """One call of masked_sgd_ for all weights."""
-    from granet_kernels.backends.triton import accounts
+    from granet_kernels.backends.triton.sgd import masked_sgd_bytes
 
     expect_triton("masked_sgd_", setting)
     state = make_masked(sparsity, distribution, setting)
@@ -107,7 +107,7 @@ def build_sgd(sparsity: float, distribution: Distribution, setting: Setting) -> 
         run=run,
         n_tensors=len(state.weights),
         n_weights=state.numel,
-        model_bytes=accounts.masked_sgd_bytes(state.weights, state.momenta, state.masks),
+        model_bytes=masked_sgd_bytes(state.weights, state.momenta, state.masks),
         account=ACCOUNT,
     )
 
@@ -115,7 +115,7 @@ def build_sgd(sparsity: float, distribution: Distribution, setting: Setting) -> 
 def build_optimizer(setting: Setting) -> Case:
     """MaskedSGD.step on all parameters, those without a mask by torch's fused update."""
     from granet_kernels import MaskedSGD, attach_mask
-    from granet_kernels.backends.triton import accounts
+    from granet_kernels.backends.triton.sgd import masked_sgd_bytes
 
     expect_triton("masked_sgd_", setting)
     shapes = parameter_shapes(setting.size)
@@ -136,7 +136,7 @@ def build_optimizer(setting: Setting) -> Case:
         params, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
     )
     numel = sum(param.numel() for param in params)
-    ours = accounts.masked_sgd_bytes(state.weights, state.momenta, state.masks)
+    ours = masked_sgd_bytes(state.weights, state.momenta, state.masks)
     return Case(
         run=optimizer.step,
         n_tensors=len(params),
@@ -158,7 +158,7 @@ def build_cast(masked: bool, setting: Setting) -> Case:
             model_bytes=6 * numel,
             account="read 4 + write 2",
         )
-    from granet_kernels.backends.triton import accounts
+    from granet_kernels.backends.triton.cast import mask_cast_bytes
 
     expect_triton("mask_cast", setting)
     pairs = list(zip(state.weights, state.masks, strict=True))
@@ -168,7 +168,7 @@ def build_cast(masked: bool, setting: Setting) -> Case:
         ],
         n_tensors=len(pairs),
         n_weights=numel,
-        model_bytes=sum(accounts.mask_cast_bytes(*pair, torch.bfloat16) for pair in pairs),
+        model_bytes=sum(mask_cast_bytes(*pair, torch.bfloat16) for pair in pairs),
         account=ACCOUNT,
     )
 
@@ -176,7 +176,7 @@ def build_cast(masked: bool, setting: Setting) -> Case:
 def build_update(whole: bool, setting: Setting) -> Case:
     """prune_ over all layers together, or with drop_regrow_ behind it, from the same state every time."""
     from granet.distributions import active_budget
-    from granet_kernels.backends.triton import accounts
+    from granet_kernels.backends.triton.select_accounts import drop_regrow_bytes, prune_bytes
 
     for operator in ("prune_", "drop_regrow_"):
         expect_triton(operator, setting)
@@ -202,14 +202,12 @@ def build_update(whole: bool, setting: Setting) -> Case:
         if whole:
             drop_regrow()
 
-    before = [mask.clone() for mask in state.masks]
+    moved = prune_bytes(state.weights, state.masks, keep, state.momenta)
     prune()
-    pruned = [mask.clone() for mask in state.masks]
-    moved = accounts.prune_bytes(state.weights, state.momenta, before, pruned)
     if whole:
+        lists = state.weights, state.masks, state.grads
+        moved += drop_regrow_bytes(*lists, fraction, state.momenta)
         drop_regrow()
-        lists = state.weights, state.momenta, state.grads
-        moved += accounts.drop_regrow_bytes(*lists, pruned, state.masks)
     if setting.device.type == "cuda":  # whoever waits for the device here raises
         torch.cuda.synchronize()
         mode = torch.cuda.get_sync_debug_mode()

@@ -62,6 +62,16 @@ void prefetch_tile(const float* source) {
   for (int t = 0; t < kTile; ++t) __builtin_prefetch(source + t * kLanes, 0, kSecondLevel);
 }
 
+// The target's lines of a row, while the row before is computed: a store of part of a line waits for all of it.
+inline void fetch_target(const DirectTarget& direct, int64_t row) {
+  constexpr int kToWrite = 1;  // __builtin_prefetch's word for it
+  constexpr int64_t kLineFloats = 16;
+  const float* target = direct.target + row * direct.plane;
+  for (const Segment* s = direct.segments; s != direct.segments + direct.count; ++s) {
+    for (int64_t i = 0; i < s->length; i += kLineFloats) __builtin_prefetch(target + s->target + i, kToWrite);
+  }
+}
+
 template <int kTile>
 void sum_tile(const SumTile& task) {
   const StencilEntries& entries = task.entries;
@@ -70,6 +80,7 @@ void sum_tile(const SumTile& task) {
   float* sums = task.sums;
   for (int64_t row = task.first_row; row < task.last_row; ++row, sums += kTile * kLanes) {
     if (task.block > 0 && begin[row] == begin[row + 1] && !finishes) continue;
+    if (finishes && !task.direct.streams && row + 1 < task.last_row) fetch_target(task.direct, row + 1);
     Floats sum[kTile];
     if (task.block > 0) {
       for (int t = 0; t < kTile; ++t) sum[t] = load(sums + t * kLanes);

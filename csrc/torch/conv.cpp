@@ -3,6 +3,7 @@
 // The public operators (namespace granet) have checked every argument, and backends/cpp/conv.py has built the index for
 // the shapes at hand. What is checked again here is what keeps a direct call from reading or writing out of bounds.
 #include <cstddef>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -176,8 +177,8 @@ Tensor gather(Tensor source, Tensor at, bool to_bfloat16) {
   return values;
 }
 
-// The first two tensors of an index, and the values of its entries (null where they are not needed).
-cpu::StencilEntries entries_of(const std::vector<Tensor>& index, const Work& work, const Tensor* values) {
+// The entries of an index, with their values where those are needed.
+cpu::StencilEntries entries_of(const std::vector<Tensor>& index, const Work& work, const float* values) {
   STD_TORCH_CHECK(index.size() == 3, "index: expected 3 tensors, got ", index.size());
   check_contiguous(index[0], ScalarType::Long, "index[0]", "int64");
   check_contiguous(index[1], ScalarType::Int, "index[1]", "int32");
@@ -185,23 +186,59 @@ cpu::StencilEntries entries_of(const std::vector<Tensor>& index, const Work& wor
   STD_TORCH_CHECK(
       index[0].numel() == work.plan.blocks * work.stencil.rows() + 1 && index[1].numel() == index[2].numel(),
       "index: not one that was built for these shapes");
-  if (values != nullptr) {
-    check_contiguous(*values, ScalarType::Float, "values", "float32");
-    STD_TORCH_CHECK(values->numel() == index[1].numel(), "values: expected ", index[1].numel(), " elements, got ",
-                    values->numel());
-  }
   return {work.stencil.rows(), static_cast<const int64_t*>(index[0].const_data_ptr()),
-          static_cast<const int32_t*>(index[1].const_data_ptr()),
-          values == nullptr ? nullptr : static_cast<const float*>(values->const_data_ptr())};
+          static_cast<const int32_t*>(index[1].const_data_ptr()), values};
 }
 
-// target = conv(input, weight) + bias + residual, max 0 where relu. The residual has the target's dtype and strides.
-void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor> index, std::optional<Tensor> bias,
-                  std::optional<Tensor> residual, bool relu, std::vector<int64_t> numbers, bool in_place) {
-  const ConvShape shape = shape_of(numbers);
+// The active weights of a layer, as backends/cpp/index.py keeps them: the bits of the mask, and where they are set.
+struct Known {
+  Tensor bits;
+  Tensor positions;
+};
+
+Known known_of(const std::vector<Tensor>& known, int64_t weights) {
+  STD_TORCH_CHECK(known.size() == 2, "known: expected 2 tensors, got ", known.size());
+  check_packed(known[0], weights, "known[0]");
+  check_contiguous(known[1], ScalarType::Int, "known[1]", "int32");
+  return {known[0], known[1]};
+}
+
+// Whether a mask still has the bits that an index was built from; whoever wrote to it, by whatever way.
+bool are_those_of(const Tensor& bits, const Tensor& mask) {
+  check_packed(mask, 0, "mask");
+  const auto size = static_cast<size_t>(bits.numel());
+  return bits.numel() == mask.numel() && std::memcmp(bits.const_data_ptr(), mask.const_data_ptr(), size) == 0;
+}
+
+// The active weights in the order of an index's entries, in float32. They are fetched in storage order first: what takes
+// time is the cache lines of the weight.
+Tensor values_of(const Tensor& weight, const Known& known, const std::vector<Tensor>& index, bool to_bfloat16) {
+  const int64_t count = known.positions.numel();
+  STD_TORCH_CHECK(index.size() == 3 && index[2].numel() == count, "index: expected ", count, " entries");
+  check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
+  Tensor values = torch::stable::new_empty(known.positions, {2, count}, ScalarType::Float);
+  auto* ordered = static_cast<float*>(values.mutable_data_ptr());
+  float* stored = ordered + count;
+  const TorchThreads threads(static_cast<double>(count) * 2);
+  cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
+              static_cast<const int32_t*>(known.positions.const_data_ptr()), count, to_bfloat16, stored, threads);
+  cpu::gather(stored, cpu::Element::kFloat32, static_cast<const int32_t*>(index[2].const_data_ptr()), count, false,
+              ordered, threads);
+  return values;
+}
+
+void check_weight(const Tensor& weight, const ConvShape& shape, const char* name) {
+  STD_TORCH_CHECK(is_dense(weight) && weight.numel() == shape.weights(), name, ": expected a dense tensor of ",
+                  shape.weights(), " elements, got ", weight.numel());
+}
+
+// target = conv(input, values) + bias + residual, max 0 where relu. The residual has the target's dtype and strides.
+void convolve(const Tensor& target, const Tensor& input, const float* values, const std::vector<Tensor>& index,
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool relu,
+              const ConvShape& shape, bool in_place) {
   check_in_place(shape, in_place);
   const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
-  const cpu::StencilEntries entries = entries_of(index, work, &values);
+  const cpu::StencilEntries entries = entries_of(index, work, values);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   check_size(target, "target", shape.batch, shape.out_channels, shape.output());
   const ImageView source = view_of(input, "input", is_pointwise(shape));
@@ -228,12 +265,41 @@ void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor
                    TorchThreads(time_of(shape, index[2].numel())));
 }
 
-void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor values, std::vector<Tensor> index,
+// With the values of the entries at hand, in their order.
+void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor> index, std::optional<Tensor> bias,
+                  std::optional<Tensor> residual, bool relu, std::vector<int64_t> numbers, bool in_place) {
+  check_contiguous(values, ScalarType::Float, "values", "float32");
+  STD_TORCH_CHECK(values.numel() == entries_in(index), "values: expected ", entries_in(index), " elements, got ",
+                  values.numel());
+  convolve(target, input, static_cast<const float*>(values.const_data_ptr()), index, bias, residual, relu,
+           shape_of(numbers), in_place);
+}
+
+// With a weight and its mask. False, and nothing done, where the mask has other bits than the index was built from.
+bool masked_conv_(Tensor target, Tensor input, Tensor weight, Tensor mask, std::vector<Tensor> known_tensors,
+                  std::vector<Tensor> index, std::optional<Tensor> bias, std::vector<int64_t> numbers, bool in_place) {
+  const ConvShape shape = shape_of(numbers);
+  check_weight(weight, shape, "weight");
+  const Known known = known_of(known_tensors, shape.weights());
+  if (!are_those_of(known.bits, mask)) return false;
+  const bool to_bfloat16 = input.scalar_type() == ScalarType::BFloat16;  // computed in the input's dtype
+  const Tensor values = values_of(weight, known, index, to_bfloat16);
+  convolve(target, input, static_cast<const float*>(values.const_data_ptr()), index, bias, std::nullopt, false, shape,
+           in_place);
+  return true;
+}
+
+bool masked_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor weight, Tensor mask,
+                                 std::vector<Tensor> known_tensors, std::vector<Tensor> index,
                                  std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
+  check_weight(weight, shape, "weight");
   check_in_place(shape, in_place);
+  const Known known = known_of(known_tensors, shape.weights());
+  if (!are_those_of(known.bits, mask)) return false;
+  const Tensor values = values_of(weight, known, index, gradient.scalar_type() == ScalarType::BFloat16);
   const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
-  const cpu::StencilEntries entries = entries_of(index, work, &values);
+  const cpu::StencilEntries entries = entries_of(index, work, static_cast<const float*>(values.const_data_ptr()));
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(gradient, "gradient", shape.batch, shape.channels, shape.input);
   const ImageView source = view_of(grad_output, "grad_output", is_pointwise(shape));
@@ -243,27 +309,30 @@ void sparse_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor val
   prefer_large_pages(gradient);
   cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
                    TorchThreads(time_of(shape, index[2].numel())));
+  return true;
 }
 
 // gradient, whose storage order is the weight's: zero but for the active weights.
-void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor input, std::vector<Tensor> index,
-                                  Tensor positions, std::vector<int64_t> numbers, bool in_place) {
+bool masked_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor input, Tensor mask,
+                                  std::vector<Tensor> known_tensors, std::vector<Tensor> index,
+                                  std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
+  check_weight(gradient, shape, "gradient");
   check_in_place(shape, in_place);
+  const Known known = known_of(known_tensors, shape.weights());
+  if (!are_those_of(known.bits, mask)) return false;
   const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, nullptr);
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(input, "input", shape.batch, shape.channels, shape.input);
-  STD_TORCH_CHECK(gradient.numel() == shape.weights(), "gradient: expected ", shape.weights(), " elements");
   const ImageView source = view_of(input, "input", is_pointwise(shape));
   const ImageView factor = view_of(grad_output, "grad_output", is_pointwise(shape));
   check_planes(source, shape, in_place, "input");
   check_planes(factor, shape, in_place, "grad_output");
-  const int64_t count = index[2].numel();
-  check_contiguous(positions, ScalarType::Int, "positions", "int32");
-  STD_TORCH_CHECK(positions.numel() == count, "positions: expected ", count, " elements, got ", positions.numel());
+  const int64_t count = known.positions.numel();
+  STD_TORCH_CHECK(index[2].numel() == count, "index: expected ", count, " entries");
   const int64_t parts = cpu::gradient_parts(work.plan);
-  Tensor partial = torch::stable::new_empty(positions, {count * (parts + 1)}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(known.positions, {count * (parts + 1)}, ScalarType::Float);
   auto* partials = static_cast<float*>(partial.mutable_data_ptr());
   float* sums = partials + count * parts;
   cpu::correlate_stencil(work.stencil, work.plan, entries, static_cast<const int32_t*>(index[2].const_data_ptr()),
@@ -272,9 +341,10 @@ void sparse_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
     for (int64_t i = 0; i < count; ++i) sums[i] = round_to_bfloat16(sums[i]);
   }
   prefer_large_pages(gradient);
-  cpu::spread(sums, static_cast<const int32_t*>(positions.const_data_ptr()), count, gradient.mutable_data_ptr(),
+  cpu::spread(sums, static_cast<const int32_t*>(known.positions.const_data_ptr()), count, gradient.mutable_data_ptr(),
               element_of(gradient, "gradient"), shape.weights(),
               TorchThreads(static_cast<double>(shape.weights()) * 0.2 + static_cast<double>(count)));
+  return true;
 }
 
 }  // namespace
@@ -287,11 +357,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");
   m.def(
-      "sparse_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor values, Tensor[] index, int[] "
-      "shape, bool in_place) -> ()");
+      "masked_conv_(Tensor(a!) target, Tensor input, Tensor weight, Tensor mask, Tensor[] known, Tensor[] index, "
+      "Tensor? bias, int[] shape, bool in_place) -> bool");
   m.def(
-      "sparse_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor[] index, Tensor "
-      "positions, int[] shape, bool in_place) -> ()");
+      "masked_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor weight, Tensor mask, Tensor[] "
+      "known, Tensor[] index, int[] shape, bool in_place) -> bool");
+  m.def(
+      "masked_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor mask, Tensor[] "
+      "known, Tensor[] index, int[] shape, bool in_place) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
@@ -299,8 +372,9 @@ STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
   m.impl("active_positions", TORCH_BOX(&active_positions));
   m.impl("gather", TORCH_BOX(&gather));
   m.impl("sparse_conv_", TORCH_BOX(&sparse_conv_));
-  m.impl("sparse_conv_input_gradient_", TORCH_BOX(&sparse_conv_input_gradient_));
-  m.impl("sparse_conv_weight_gradient_", TORCH_BOX(&sparse_conv_weight_gradient_));
+  m.impl("masked_conv_", TORCH_BOX(&masked_conv_));
+  m.impl("masked_conv_input_gradient_", TORCH_BOX(&masked_conv_input_gradient_));
+  m.impl("masked_conv_weight_gradient_", TORCH_BOX(&masked_conv_weight_gradient_));
 }
 
 }  // namespace granet

@@ -30,12 +30,14 @@ register_backend(
         runs_in="tests/simt on the host" if HOST_RUN else "",
     )
 )
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 register_backend(
     Backend(
         name="triton",
         module="granet_kernels.backends.triton",
         # Triton's interpreter follows the addresses in the kernels' tables on the host.
-        devices=("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+        devices=("cpu",) if INTERPRETED else ("cuda",),
+        runs_in="Triton's interpreter" if INTERPRETED else "",
     )
 )
 register_backend(

@@ -24,9 +24,9 @@ from granet_kernels.ops import (
     use_backend,
 )
 from granet_kernels.ops.registry import operators_of, registered_backends
-from granet_kernels.selftest import inputs, inputs_compressed
+from granet_kernels.selftest import inputs, inputs_compressed, inputs_layers
 
-GENERATORS = inputs.GENERATORS | inputs_compressed.GENERATORS
+GENERATORS = inputs.GENERATORS | inputs_layers.GENERATORS | inputs_compressed.GENERATORS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

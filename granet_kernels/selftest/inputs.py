@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granet_kernels.backends.reference import masked_conv2d, pack_mask, unpack_mask
-from granet_kernels.choices import ALGORITHMS
+from granet_kernels.backends.reference import pack_mask, unpack_mask
 from granet_kernels.layout import full_mask, packed_length
 
 Inputs = tuple[str, tuple[Any, ...], dict[str, Any], int]
@@ -25,6 +24,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
 }
+"""Without gaps, as weights are."""
 VALUES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "normal": lambda n, g: torch.randn(n, generator=g),
     "ties": lambda n, g: torch.randint(-2, 3, (n,), generator=g) * 0.5,
@@ -237,122 +237,6 @@ def topk_mask_cases() -> Iterator[Inputs]:
             yield f"each-{values}-{dtype}", (scores, torch.tensor([n // 2 for n in SIZES])), {}, 0
 
 
-CONVOLUTIONS: dict[str, dict[str, Any]] = {
-    "3x3": {"size": (2, 8, 9, 9), "weight": (16, 8, 3, 3), "padding": [1, 1]},
-    "1x1": {"size": (3, 8, 7, 5), "weight": (9, 8, 1, 1)},
-    "7x7-stride-2": {
-        "size": (1, 3, 17, 19),
-        "weight": (8, 3, 7, 7),
-        "stride": [2, 2],
-        "padding": [3, 3],
-    },
-    "dilated": {
-        "size": (2, 4, 11, 11),
-        "weight": (6, 4, 3, 3),
-        "dilation": [2, 3],
-        "padding": [2, 0],
-    },
-    "grouped": {"size": (2, 8, 6, 6), "weight": (4, 2, 3, 3), "groups": 4, "padding": [1, 1]},
-    "depthwise": {"size": (2, 5, 6, 6), "weight": (5, 1, 3, 3), "groups": 5, "stride": [2, 1]},
-    "many-small-images": {"size": (19, 5, 4, 5), "weight": (7, 5, 3, 3), "padding": [1, 1]},
-    "many-small-stride-2": {
-        "size": (33, 3, 7, 6),
-        "weight": (5, 3, 3, 3),
-        "stride": [2, 2],
-        "padding": [1, 1],
-    },
-    "stride-3-wide": {
-        "size": (1, 3, 8, 75),
-        "weight": (4, 3, 2, 5),
-        "stride": [3, 2],
-        "padding": [1, 4],
-    },
-    "1x1-large-planes": {"size": (2, 6, 13, 12), "weight": (5, 6, 1, 1)},
-    "1x1-stride-2": {"size": (2, 6, 9, 9), "weight": (5, 6, 1, 1), "stride": [2, 2]},
-    "no-images": {"size": (0, 8, 9, 9), "weight": (4, 8, 3, 3)},
-    "one-pixel": {"size": (1, 1, 1, 1), "weight": (1, 1, 1, 1)},
-}
-
-
-def masked_conv2d_cases() -> Iterator[Inputs]:
-    for label, input, kernel, mask, bias, geometry, depth in _convolutions():
-        for algorithm in ALGORITHMS:
-            options = {"algorithm": algorithm}
-            yield f"{label}-{algorithm}", (input, kernel, mask, bias, *geometry), options, depth
-
-
-def masked_conv2d_backward_cases() -> Iterator[Inputs]:
-    g = generator(1)
-    needs_of = ([True, True, True], [False, True, False], [True, False, False])
-    for i, (label, input, kernel, mask, bias, geometry, _) in enumerate(_convolutions()):
-        output = masked_conv2d(input, kernel, mask, bias, *geometry)
-        grad = torch.randn(output.shape, generator=g).to(input.dtype)
-        needs = needs_of[i % 3] if bias is not None else [True, True, False]
-        depth = max(grad.numel(), kernel.numel()) + 4
-        flag = torch.tensor(i % 2 == 1)
-        args = (grad, input, kernel, mask, bias, flag, *geometry, needs)
-        for algorithm in ALGORITHMS:
-            name = f"{label}-{algorithm}-{'dense' if flag else 'masked'}-gradient"
-            yield name, args, {"algorithm": algorithm}, depth
-
-
-def _convolutions() -> Iterator[
-    tuple[str, Tensor, Tensor, Tensor, Tensor | None, tuple[Any, ...], int]
-]:
-    g = generator()
-    for label, spec in CONVOLUTIONS.items():
-        geometry = (
-            spec.get("stride", [1, 1]),
-            spec.get("padding", [0, 0]),
-            spec.get("dilation", [1, 1]),
-            spec.get("groups", 1),
-        )
-        for dtype in (torch.float32, torch.bfloat16):
-            for channels_last in (False, True):
-                input = torch.randn(spec["size"], generator=g).to(dtype)
-                kernel = torch.randn(spec["weight"], generator=g)
-                if channels_last:
-                    input = input.contiguous(memory_format=torch.channels_last)
-                    kernel = kernel.contiguous(memory_format=torch.channels_last)
-                mask = random_mask(kernel.numel(), g, 0.7)
-                kernel[torch.rand(kernel.shape, generator=g) < 0.05] = 0.0
-                bias = torch.randn(kernel.size(0), generator=g) if channels_last else None
-                depth = kernel[0].numel() + 4
-                name = f"{label}-{dtype}-{'channels-last' if channels_last else 'contiguous'}"
-                yield name, input, kernel, mask, bias, geometry, depth
-
-
-def masked_linear_cases() -> Iterator[Inputs]:
-    for label, input, kernel, mask, bias in _linears():
-        for algorithm in ALGORITHMS:
-            options, depth = {"algorithm": algorithm}, kernel.size(1) + 4
-            yield f"{label}-{algorithm}", (input, kernel, mask, bias), options, depth
-
-
-def masked_linear_backward_cases() -> Iterator[Inputs]:
-    g = generator(1)
-    for i, (label, input, kernel, mask, bias) in enumerate(_linears()):
-        grad = torch.randn((*input.shape[:-1], kernel.size(0)), generator=g).to(input.dtype)
-        needs = [i % 3 != 1, i % 3 != 2, bias is not None and i % 8 < 4]
-        depth = max(grad.numel(), kernel.numel()) + 4
-        args = (grad, input, kernel, mask, bias, torch.tensor(i % 2 == 1), needs)
-        for algorithm in ALGORITHMS:
-            yield f"{label}-{algorithm}", args, {"algorithm": algorithm}, depth
-
-
-def _linears() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None]]:
-    g = generator()
-    for size in ((7, 33), (2, 3, 33), (33,), (0, 33), (64, 33)):
-        for dtype in (torch.float32, torch.bfloat16):
-            for transposed in (False, True):
-                kernel = torch.randn(9, 33, generator=g)
-                kernel = LAYOUTS["transposed"](kernel) if transposed else kernel
-                mask = random_mask(kernel.numel(), g, 0.7)
-                bias = torch.randn(9, generator=g) if transposed else None
-                name = f"{size}-{dtype}-{'transposed' if transposed else 'contiguous'}"
-                yield name, torch.randn(size, generator=g).to(dtype), kernel, mask, bias
-
-
 GENERATORS: dict[str, Callable[[], Iterator[Inputs]]] = {
     "pack_mask": pack_mask_cases,
     "unpack_mask": unpack_mask_cases,
@@ -364,8 +248,4 @@ GENERATORS: dict[str, Callable[[], Iterator[Inputs]]] = {
     "prune_": prune_cases,
     "drop_regrow_": drop_regrow_cases,
     "topk_mask": topk_mask_cases,
-    "masked_conv2d": masked_conv2d_cases,
-    "masked_conv2d_backward": masked_conv2d_backward_cases,
-    "masked_linear": masked_linear_cases,
-    "masked_linear_backward": masked_linear_backward_cases,
 }

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from granet_kernels.backends.reference import pack_mask
-from granet_kernels.selftest.inputs import CONVOLUTIONS, Inputs, generator
+from granet_kernels.selftest.inputs import Inputs, generator
+from granet_kernels.selftest.inputs_layers import CONVOLUTIONS, STRIDES
 
 DTYPES = (  # of input, values, bias
     (torch.float32, torch.float32, torch.float32),
@@ -18,6 +19,8 @@ DTYPES = (  # of input, values, bias
     (torch.bfloat16, torch.float32, torch.float32),
     (torch.float32, torch.bfloat16, torch.float32),
 )
+OF_LINEAR = ("contiguous", "transposed", "sliced", "expanded", "contiguous")
+"""Strides of inputs: five, so that each meets every one of four dtypes and masks."""
 ACTIVE: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "some": lambda shape, g: torch.rand(shape, generator=g) < 0.3,
     "nothing": lambda shape, g: torch.zeros(shape, dtype=torch.bool),
@@ -49,30 +52,30 @@ def _by_both_algorithms(cases: Iterator[Inputs]) -> Iterator[Inputs]:
 
 def _convolutions() -> Iterator[Inputs]:
     g = generator()
-    for i, (label, dtypes, channels_last) in enumerate(
-        product(CONVOLUTIONS, DTYPES, (False, True))
-    ):
-        name = f"{label}-{_named(dtypes)}-{'channels-last' if channels_last else 'contiguous'}"
-        yield name, *_convolution(label, dtypes, channels_last, "some", i, g)
+    formats = ("contiguous", "channels_last")
+    for i, (label, dtypes, strides) in enumerate(product(CONVOLUTIONS, DTYPES, formats)):
+        name = f"{label}-{_named(dtypes)}-{strides}"
+        yield name, *_convolution(label, dtypes, strides, "some", i, g)
     for i, (label, active) in enumerate(product(("3x3", "1x1", "grouped"), ACTIVE)):
-        yield f"{label}-{active}", *_convolution(label, DTYPES[0], i % 2 == 0, active, i, g)
+        yield f"{label}-{active}", *_convolution(label, DTYPES[0], formats[1 - i % 2], active, i, g)
+    for i, (label, strides) in enumerate(product(("3x3", "1x1"), STRIDES)):
+        dtypes = DTYPES[i % len(DTYPES)]
+        yield f"{label}-{strides}", *_convolution(label, dtypes, strides, "some", i, g)
 
 
 def _convolution(
     label: str,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    channels_last: bool,
+    strides: str,
     active: str,
     i: int,
     g: torch.Generator,
 ) -> tuple[tuple[object, ...], dict[str, object], int]:
-    """``i`` says what is fused: bias, residual (of either layout) and ReLU in every combination."""
+    """``strides`` of the input; ``i`` says what is fused: bias, residual of either layout, ReLU."""
     spec = CONVOLUTIONS[label]
     stride, padding = spec.get("stride", [1, 1]), spec.get("padding", [0, 0])
     dilation, groups = spec.get("dilation", [1, 1]), spec.get("groups", 1)
-    input = torch.randn(spec["size"], generator=g).to(dtypes[0])
-    if channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
+    input = STRIDES[strides](torch.randn(spec["size"], generator=g).to(dtypes[0]))
     shape = spec["weight"]
     values, mask = _stored(shape, dtypes[1], active, g)
     size = F.conv2d(
@@ -94,8 +97,8 @@ def _linears() -> Iterator[Inputs]:
         values, mask = _stored((9, 33), dtypes[1], active, g)
         bias = torch.randn(9, generator=g).to(dtypes[2]) if i % 3 else None
         input = torch.randn(size, generator=g).to(dtypes[0])
-        if size == (64, 33) and i % 2:
-            input = input.t().contiguous().t()
+        if len(size) > 1:
+            input = STRIDES[OF_LINEAR[i % len(OF_LINEAR)]](input)
         args = (input, values, mask, bias, [9, 33], i % 2 == 0)
         yield f"{size}-{_named(dtypes)}-{active}", args, {}, 33 + 4
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from granet_kernels.backends.cpp.index import LARGEST_OFFSET, Shape
-from granet_kernels.choices import note_choice
+from granet_kernels.choices import choice_of
 
 COMPUTED = (torch.float32, torch.bfloat16)
 """What the sparse kernels read and write; they sum in float32."""
@@ -51,7 +51,7 @@ def chooses_sparse(
         sparse = possible and prefers_sparse(shape, active, input.dtype)
     else:
         sparse = possible and algorithm == "sparse"
-    note_choice(mask, "sparse" if sparse else "dense")
+    choice_of(mask).last = "sparse" if sparse else "dense"
     return sparse
 
 

@@ -3,17 +3,21 @@
 An index holds which weights are active and where in the packed input each of them looks; the values
 are read from the weight at every call. It belongs to a mask and to the shapes of a layer, and is
 built again when the mask has changed, which the bits themselves decide: whoever wrote to them, by
-whatever way, a stale index is never used. Comparing them reads a bit for every weight at each call.
+whatever way, a stale index is never used. Comparing them reads a bit for every weight at each call,
+and the compiled operators do it: what they are called with is found once for each *signature* of a
+call, because between two large tensors every line of Python waits for memory.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from granet_kernels.choices import choice_of
 
 MOST_SHAPES = 4
 """Indexes that a mask keeps for each direction: training and evaluation, with their last batches."""
@@ -112,6 +116,26 @@ def gather(source: Tensor, at: Tensor, *, to_bfloat16: bool = False) -> Tensor:
     return gathered
 
 
+Signature = tuple[object, ...]
+"""Sizes, strides, dtypes and numbers, on which depends how a layer is computed."""
+
+
+class Call(NamedTuple):
+    """What a compiled operator takes besides the layer's tensors."""
+
+    known: list[Tensor]
+    """The bits, and where they are set."""
+    entries: list[Tensor]
+    """An :class:`Index`."""
+    shape: list[int]
+    in_place: bool
+
+
+def described(tensor: Tensor) -> Signature:
+    """A tensor's part of a signature."""
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 class ActiveWeights:
     """The bits of a mask at one time, and the indexes that were built from them."""
 
@@ -119,6 +143,8 @@ class ActiveWeights:
         self._bits = mask.clone()
         self._indexes: OrderedDict[Key, Index] = OrderedDict()
         self._positions: Tensor | None = None
+        self.calls: OrderedDict[Signature, Any] = OrderedDict()
+        self.choice = choice_of(mask)
         self.count = int(torch.ops.granet_cpp.count_active.default([mask]))
 
     def are_those_of(self, mask: Tensor) -> bool:
@@ -133,10 +159,17 @@ class ActiveWeights:
             self._positions = torch.ops.granet_cpp.active_positions.default(self._bits, weights)
         return self._positions
 
-    def values(self, weight: Tensor, index: Index, compute: torch.dtype) -> Tensor:
-        """float32: an index's weights, rounded to the dtype that the layer computes in."""
-        positions = self.positions(weight.numel())
-        return index.order(gather(weight, positions, to_bfloat16=compute == torch.bfloat16))
+    def call(self, shape: Shape, access: Access, direction: Direction) -> Call:
+        """How a compiled operator is called for a shape."""
+        index = self.index(shape, access, direction)
+        known = [self._bits, self.positions(shape.weights)]
+        return Call(known, list(index), list(shape), access.in_place)
+
+    def keep(self, signature: Signature, calls: Any) -> None:
+        """Remember how a sparse layer is computed."""
+        self.calls[signature] = calls
+        if len(self.calls) > 2 * MOST_SHAPES:
+            self.calls.popitem(last=False)
 
     def index(self, shape: Shape, access: Access, direction: Direction) -> Index:
         """The index for a shape."""
@@ -171,3 +204,17 @@ def active_weights(mask: Tensor) -> ActiveWeights:
         known = ActiveWeights(mask)
         _known[mask] = known
     return known
+
+
+def kept_calls(mask: Tensor, signature: Signature) -> Any:
+    """What :meth:`ActiveWeights.keep` was given, or None; the operators tell if the bits still are those."""
+    known: ActiveWeights | None = _known.get(mask)
+    if known is None or (calls := known.calls.get(signature)) is None:
+        return None
+    known.choice.last = "sparse"
+    return calls
+
+
+def forget(mask: Tensor) -> None:
+    """Drop what was built from bits that the mask no longer has."""
+    _known.pop(mask, None)

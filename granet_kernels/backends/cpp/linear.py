@@ -17,7 +17,16 @@ from granet_kernels.backends.cpp.conv import (
     sparse_weight_gradient,
 )
 from granet_kernels.backends.cpp.cost import chooses_sparse
-from granet_kernels.backends.cpp.index import Access, Shape, active_weights
+from granet_kernels.backends.cpp.index import (
+    Access,
+    Call,
+    Direction,
+    Shape,
+    active_weights,
+    described,
+    forget,
+    kept_calls,
+)
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
 
 
@@ -25,18 +34,15 @@ def masked_linear(
     input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *, algorithm: str = "auto"
 ) -> Tensor:
     """input @ (weight where active).T + bias, in the dtype of the input."""
-    shape = linear_shape(input, weight.shape)
-    active = active_weights(mask)
-    if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
+    forward = call_of("forward", input, weight, mask, algorithm)
+    if forward is None:
         bias = None if bias is None else bias.to(input.dtype)
         return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
     output = input.new_empty((*input.shape[:-1], weight.size(0)))
-    access = Access(channels_last=False, in_place=False)
-    index = active.index(shape, access, "forward")
-    values = active.values(weight, index, input.dtype)
-    sparse_output(
-        output.view(-1, weight.size(0)), as_rows(input), index, values, bias, shape, access
-    )
+    rows = output.view(-1, weight.size(0))
+    if not sparse_output(rows, as_rows(input), weight, mask, bias, forward):
+        forget(mask)
+        return masked_linear(input, weight, mask, bias, algorithm=algorithm)
     return output
 
 
@@ -52,31 +58,53 @@ def masked_linear_backward(
     algorithm: str = "auto",
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
-    shape = linear_shape(input, weight.shape)
     needs_input, needs_weight, needs_bias = needs
-    active = active_weights(mask)
-    sparse = chooses_sparse(shape, input, weight, mask, active.count, algorithm)
-    gradients = []
+    gradients, is_known = [], True
     if needs_input:
         gradient = torch.empty_like(input)
-        if sparse:
-            rows = torch.empty((shape.batch, shape.channels), dtype=input.dtype)
-            sparse_input_gradient(rows, as_rows(grad_output), weight, active, shape)
-            gradient.copy_(rows.view(input.shape))
-        else:
+        call = call_of("input_gradient", input, weight, mask, algorithm)
+        if call is None:
             gradient.copy_(grad_output @ mask_cast(weight, mask, input.dtype))
+        else:
+            rows = torch.empty((input.numel() // input.size(-1), input.size(-1)), dtype=input.dtype)
+            is_known = sparse_input_gradient(rows, as_rows(grad_output), weight, mask, call)
+            gradient.copy_(rows.view(input.shape))
         gradients.append(gradient)
     if needs_weight:
-        if sparse and not bool(dense_grad):
-            gradient = torch.empty_like(weight)
-            sparse_weight_gradient(gradient, as_rows(grad_output), as_rows(input), active, shape)
-            gradients.append(gradient)
-        else:
+        call = call_of("forward", input, weight, mask, algorithm)
+        if call is None or bool(dense_grad):
             grad_weight = as_rows(grad_output).t() @ as_rows(input)
             gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
+        else:
+            gradient = torch.empty_like(weight)
+            rows = as_rows(grad_output)
+            is_known &= sparse_weight_gradient(gradient, rows, as_rows(input), mask, call)
+            gradients.append(gradient)
+    if not is_known:
+        forget(mask)
+        return masked_linear_backward(
+            grad_output, input, weight, mask, bias, dense_grad, needs, algorithm=algorithm
+        )
     if needs_bias and bias is not None:
         gradients.append(torch.empty_like(bias).copy_(as_rows(grad_output).sum(0)))
     return gradients
+
+
+def call_of(
+    direction: Direction, input: Tensor, weight: Tensor, mask: Tensor, algorithm: str
+) -> Call | None:
+    """How a layer's output or its input's gradient is computed; None: densely."""
+    signature = (direction, *described(input), *described(weight), algorithm)
+    call: Call | None = kept_calls(mask, signature)
+    if call is not None:
+        return call
+    shape = linear_shape(input, weight.shape)
+    active = active_weights(mask)
+    if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
+        return None
+    call = active.call(shape, Access(channels_last=False, in_place=False), direction)
+    active.keep(signature, call)
+    return call
 
 
 def linear_shape(input: Tensor, weight_shape: Sequence[int]) -> Shape:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granet_kernels.backends.triton.accounts import group_bytes, in_groups, in_sectors
 from granet_kernels.backends.triton.groups import elements, is_active, repeated
 from granet_kernels.backends.triton.launch import GROUP, converted, jit, launch
 from granet_kernels.layout import aligned, storage_order
@@ -31,6 +32,18 @@ def mask_grad(grad: Tensor, weight: Tensor, mask: Tensor, dense_grad: Tensor) ->
     masked = torch.empty_like(weight)
     _launch(masked, grad, mask, dense=dense_grad.view(torch.uint8))
     return masked
+
+
+def mask_cast_bytes(
+    weight: Tensor, mask: Tensor, dtype: torch.dtype, *, dense: bool = False
+) -> int:
+    """Groups with an active weight, or all where the gradient is ``dense``, read; all written.
+
+    Also of ``mask_grad``, with the gradient in the place of the weight, where both have one layout.
+    """
+    byte = group_bytes(weight, mask)
+    read = in_groups((byte != 0) | dense, weight.element_size())
+    return in_sectors(byte.numel()) + read + in_sectors(weight.numel() * dtype.itemsize)
 
 
 def in_form_of(like: Tensor, gradient: Tensor) -> Tensor:
@@ -80,18 +93,27 @@ def _mask_cast_kernel(
     target, source, mask, dense, numel, WHOLE: tl.constexpr, GROUPS: tl.constexpr
 ):
     first = tl.program_id(0).to(tl.int64) * GROUPS
+    target += first * GROUP
+    source += first * GROUP
+    mask += first
     left = numel - first * GROUP
-    if WHOLE:
-        left = tl.multiple_of(left, GROUP)
-    group = tl.arange(0, GROUPS)
-    byte = repeated(tl.load(mask + first + group, mask=group * GROUP < left, other=0))
+    whole = tl.multiple_of(left, GROUP) if WHOLE else left // GROUP * GROUP
+    _cast_groups(target, source, mask, dense, tl.arange(0, GROUPS), whole)
+    if not WHOLE and whole < GROUPS * GROUP:  # an incomplete group ends the tensor
+        _cast_groups(target, source, mask, dense, whole // GROUP + tl.arange(0, 1), left)
+
+
+@jit
+def _cast_groups(target, source, mask, dense, group, end):
+    """Those elements of the groups that are in front of ``end``."""
+    byte = repeated(tl.load(mask + group, mask=group * GROUP < end, other=0))
     if dense is not None:
         byte |= tl.where(tl.load(dense) != 0, 0xFF, 0).to(tl.uint8)
     element = elements(group)
-    inside = element < left
-    value = tl.load(source + first * GROUP + element, mask=(byte != 0) & inside, other=0)
+    inside = element < end
+    value = tl.load(source + element, mask=(byte != 0) & inside, other=0)
     value = tl.where(is_active(byte), converted(value, target.dtype.element_ty), 0.0)
-    tl.store(target + first * GROUP + element, value, mask=inside)
+    tl.store(target + element, value, mask=inside)
 
 
 @jit(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_running: Callable[[], AbstractContextManager[None]] = nullcontext
+if triton.knobs.runtime.interpret:
+    from granet_kernels.backends.triton.interpreter import right_casts as _running
 
 jit, constexpr_function = triton.jit, triton.constexpr_function
 
@@ -32,7 +38,7 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     if programs == 0:  # an empty grid is an error
         return
     first = next(arg for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(first), _running():
         kernel[(programs,)](*args, **meta, enable_fp_fusion=FP_FUSION)
 
 

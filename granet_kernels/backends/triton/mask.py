@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granet_kernels.backends.triton.accounts import FULL, group_bytes, in_groups, in_sectors
 from granet_kernels.backends.triton.groups import elements, is_active, repeated
 from granet_kernels.backends.triton.launch import GROUP, INTEGERS, jit, launch
 from granet_kernels.backends.triton.table import ALIGNMENT, Table, address, locate
@@ -28,6 +29,11 @@ def pack_mask(mask: Tensor) -> Tensor:
     return packed
 
 
+def pack_mask_bytes(numel: int) -> int:
+    """A byte an element read, a bit written."""
+    return in_sectors(numel) + in_sectors(packed_length(numel))
+
+
 def unpack_mask(packed: Tensor, numel: int) -> Tensor:
     """Element ``i`` = bit ``i & 7`` of byte ``i >> 3``, bool ``(numel,)``."""
     mask = packed.new_empty(numel, dtype=torch.bool)
@@ -35,6 +41,11 @@ def unpack_mask(packed: Tensor, numel: int) -> Tensor:
     whole = numel % GROUP.value == 0
     launch(_unpack_kernel, programs, mask.view(torch.uint8), packed, numel, whole, GROUPS)
     return mask
+
+
+def unpack_mask_bytes(numel: int) -> int:
+    """A bit an element read, a byte written."""
+    return in_sectors(-(-numel // GROUP.value)) + in_sectors(numel)
 
 
 def count_active(masks: Sequence[Tensor]) -> Tensor:
@@ -53,6 +64,11 @@ def count_active(masks: Sequence[Tensor]) -> Tensor:
         CHUNK=COUNTED,
     )
     return counts
+
+
+def count_active_bytes(masks: Sequence[Tensor]) -> int:
+    """The masks read."""
+    return sum(in_sectors(mask.numel()) for mask in masks)
 
 
 def zero_inactive_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -75,6 +91,17 @@ def zero_inactive_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
             ALIGNED=table.aligned,
             GROUPS=GROUPS,
         )
+
+
+def zero_inactive_bytes(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> int:
+    """Groups that are not wholly active written, and those of them with an active element read."""
+    total = 0
+    for tensor, mask in zip(tensors, masks, strict=True):
+        byte, size = group_bytes(tensor, mask), tensor.element_size()
+        written = byte != FULL
+        total += in_sectors(byte.numel()) + in_groups(written, size)
+        total += in_groups(written & (byte != 0), size)
+    return total
 
 
 @jit(do_not_specialize=("numel", "length"))
@@ -135,15 +162,20 @@ def _zero_inactive_kernel(
     GROUPS: tl.constexpr,
 ):
     row, start, numel = locate(rows, owners, WIDTH, GROUPS * GROUP)
-    left = numel - start
-    if WHOLE:
-        left = tl.multiple_of(left, GROUP)
-    group = tl.arange(0, GROUPS)
+    tensor = address(row, 0, BITS, ALIGNED) + start
     mask = address(row, 1, tl.uint8, ALIGNED) + start // GROUP
-    byte = repeated(tl.load(mask + group, mask=group * GROUP < left, other=0))
+    left = numel - start
+    whole = tl.multiple_of(left, GROUP) if WHOLE else left // GROUP * GROUP
+    _zero_groups(tensor, mask, tl.arange(0, GROUPS), whole)
+    if not WHOLE and whole < GROUPS * GROUP:  # an incomplete group ends the tensor
+        _zero_groups(tensor, mask, whole // GROUP + tl.arange(0, 1), left)
+
+
+@jit
+def _zero_groups(tensor, mask, group, end):
+    """Those elements of the groups that are in front of ``end``."""
+    byte = repeated(tl.load(mask + group, mask=group * GROUP < end, other=0))
     element = elements(group)
-    pointer = address(row, 0, BITS, ALIGNED) + start + element
-    inside = element < left
-    changed = (byte != 0xFF) & inside
-    old = tl.load(pointer, mask=(byte != 0) & changed, other=0)
-    tl.store(pointer, tl.where(is_active(byte), old, 0), mask=changed)
+    changed = (byte != 0xFF) & (element < end)
+    old = tl.load(tensor + element, mask=(byte != 0) & changed, other=0)
+    tl.store(tensor + element, tl.where(is_active(byte), old, 0), mask=changed)

@@ -43,7 +43,7 @@ class Ranking:
     order: Order
     """magnitude: \\|x\\|, NaN first. growth: \\|x\\|, NaN last. number: x, NaN last."""
     among: Among
-    """Those that are set in their mask, those that are not set in ``kept``, or all."""
+    """Those that are set in their mask, those that are not kept, or all."""
     numbers: int
     """The list of the table that is ranked."""
     dtype: tl.dtype
@@ -58,15 +58,18 @@ class Ranking:
     """Whether all have a multiple of eight elements."""
 
 
-SEGMENT, PLACE, START = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""Behind the lists of a row: what the tensor is ranked together with, as a row of the state; the number of
-its first chunk among those of all tensors; and the number of its segment's first chunk."""
+# Columns behind the lists of a row.
+SEGMENT = tl.constexpr(0)  # what the tensor is ranked together with, as a row of the state
+PLACE = tl.constexpr(1)  # the number of its first chunk among those of all tensors
+START = tl.constexpr(2)  # the number of its segment's first chunk
+CHUNKS = tl.constexpr(3)  # how many chunks the segment has
+COLUMNS = tl.constexpr(4)
 
 
 @constexpr_function
 def width(by):
     """Integers in a row of the table."""
-    return ADDRESSES.value + by.lists + 3
+    return ADDRESSES.value + by.lists + COLUMNS.value
 
 
 def key_bits(order: Order, dtype: torch.dtype) -> int:
@@ -128,27 +131,33 @@ def pattern_of(number):
 
 
 @jit
-def keys_of_block(row, kept, first, left, BY: tl.constexpr):
-    """Keys, [BLOCK / 8, 8], and which elements take part.
+def keys_of_block(row, byte, first, left, BY: tl.constexpr):
+    """Keys, [BLOCK / 8, 8], and of which elements they are.
 
     Args:
         row: of the tensor in the table.
-        kept: the block's bytes in the mask of those that stay anyway.
+        byte: bits of the elements that are asked for; a group without any is not read.
         first: the element of the tensor at which the block begins.
         left: how many of its elements the tensor has.
         BY: the ranking.
     """
-    if BY.among == "active":
-        byte = load_bytes(mask_of_block(row, first, BY), left)
-    elif BY.among == "inactive":
-        byte = load_bytes(kept, left) ^ 0xFF
-    else:
-        byte = tl.full([BLOCK // GROUP], 0xFF, tl.int32)
     byte = repeated(byte)
     element, inside = block(left)
     numbers = address(row, BY.numbers, BY.dtype, BY.aligned) + first
     number = tl.load(numbers + element, mask=(byte != 0) & inside, other=0)
     return key_of(number, BY), is_active(byte) & inside
+
+
+@jit
+def taking_part(row, kept, first, left, BY: tl.constexpr):
+    """The bytes of those that are ranked; ``kept`` is the block's place in the mask of what stays anyway."""
+    if BY.among == "active":
+        byte = load_bytes(mask_of_block(row, first, BY), bytes_left(left))
+    elif BY.among == "inactive":
+        byte = load_bytes(kept, bytes_left(left)) ^ 0xFF
+    else:
+        byte = tl.full([BLOCK // GROUP], 0xFF, tl.int32)
+    return byte
 
 
 @jit
@@ -158,9 +167,9 @@ def mask_of_block(row, first, BY: tl.constexpr):
 
 
 @jit
-def elements_left(first, numel, BY: tl.constexpr):
-    """How many elements of the block are the tensor's, int32."""
-    left = tl.minimum(numel - first, BLOCK).to(tl.int32)
+def elements_left(of_chunk, BY: tl.constexpr):
+    """How many elements of the block are the tensor's, of so many that its chunk has left."""
+    left = tl.minimum(of_chunk, BLOCK)
     if BY.whole:
         left = tl.multiple_of(left, GROUP)
     return left
@@ -174,17 +183,21 @@ def block(left):
 
 
 @jit
-def load_bytes(mask, left):
-    """The bytes of a block, as int32, (BLOCK / 8,)."""
-    byte = tl.arange(0, BLOCK // GROUP)
-    return tl.load(mask + byte, mask=byte < packed_bytes(left), other=0).to(tl.int32)
+def load_bytes(mask, wanted):
+    """Those bytes of a block that are wanted, as int32, (BLOCK / 8,); 0 for the others."""
+    return tl.load(mask + tl.arange(0, BLOCK // GROUP), mask=wanted, other=0).to(tl.int32)
 
 
 @jit
-def store_bytes(mask, bytes, left):
-    """The inverse of :func:`load_bytes`; the padding of the mask is written too."""
-    byte = tl.arange(0, BLOCK // GROUP)
-    tl.store(mask + byte, bytes.to(tl.uint8), mask=byte < packed_bytes(left))
+def store_bytes(mask, byte, wanted):
+    """The inverse of :func:`load_bytes`."""
+    tl.store(mask + tl.arange(0, BLOCK // GROUP), byte.to(tl.uint8), mask=wanted)
+
+
+@jit
+def bytes_left(left):
+    """Which bytes of a block the mask has."""
+    return tl.arange(0, BLOCK // GROUP) < packed_bytes(left)
 
 
 @jit

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from granet_kernels.backends.triton.accounts import group_bytes, in_groups, in_sectors
 from granet_kernels.backends.triton.groups import elements, is_active, repeated
 from granet_kernels.backends.triton.launch import (
     DTYPES,
@@ -78,6 +81,19 @@ def masked_sgd_(
         GROUPS=GROUPS,
         num_warps=WARPS,
     )
+
+
+def masked_sgd_bytes(
+    params: Sequence[Tensor], momenta: Sequence[Tensor], masks: Sequence[Tensor]
+) -> int:
+    """Groups with an active weight: weight, gradient and momentum read, weight and momentum written."""
+    total = 0
+    for i, (param, mask) in enumerate(zip(params, masks, strict=True)):
+        touched = group_bytes(param, mask) != 0
+        total += in_sectors(touched.numel()) + 3 * in_groups(touched, param.element_size())
+        if momenta:
+            total += 2 * in_groups(touched, momenta[i].element_size())
+    return total
 
 
 def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:

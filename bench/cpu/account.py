@@ -1,0 +1,144 @@
+"""What a sparse layer takes by the sum of its parts, each measured in the same run.
+
+    account = the layer without an active weight
+            + what only active weights make it read, at the memory's rate
+            + its products, at the kernel's rate where all lies in the first-level cache
+
+The first part packs inputs, writes outputs and gradients, compares the mask and passes through
+Python. The second are the lines of the weight that hold active ones, and the inputs of pointwise
+layers, which are read in place by the active weights alone. What a measured layer takes beyond its
+account are cache misses between the parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bench.cpu.layers import WITHOUT_WEIGHTS, Shape
+from bench.cpu.race import Race
+from bench.cpu.rows import Row
+from bench.cpu.shapes import ConvShape
+from bench.cpu.targets import DENSE
+from granet_kernels import MaskedConv2d, MaskedLinear
+from granet_kernels.backends.cpp.index import LONGEST_TILE
+
+PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 3}
+WEIGHT_READS: Mapping[str, int] = {"forward": 1, "forward+backward": 2}
+FLOAT = 4  # bytes
+LINE = 16  # floats in a line of cache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Of this machine, on the threads in use."""
+
+    bytes_a_ms: float
+    """Read from memory."""
+    products_a_ms: float
+    """Of active weights, each a sum and a product."""
+
+
+def account_ms(
+    shape: Shape, measure: str, sparsity: float, without_weights_ms: float, rates: Rates
+) -> float:
+    """Milliseconds of a layer at a sparsity, its mask random."""
+    weights = math.prod(shape.weight)
+    pixels = shape.batch
+    if isinstance(shape, ConvShape):
+        pixels *= ((shape.side - 1) // shape.stride + 1) ** 2
+    # Backward the weight is read for the input's gradient.
+    read = FLOAT * weights * (1 - sparsity**LINE) * WEIGHT_READS[measure]
+    if _is_in_place(shape):
+        inputs, outputs = pixels * shape.weight[1], pixels * shape.weight[0]
+        # Backward the gradient of the output for both gradients, and the input.
+        read += FLOAT * (inputs if measure == "forward" else 2 * inputs + 2 * outputs)
+    products = PASSES[measure] * weights * (1 - sparsity) * pixels
+    return without_weights_ms + read / rates.bytes_a_ms + products / rates.products_a_ms
+
+
+def _is_in_place(shape: Shape) -> bool:
+    return (
+        isinstance(shape, ConvShape)
+        and shape.kernel == shape.stride == 1
+        and shape.side**2 >= LONGEST_TILE
+    )
+
+
+def rows_of(
+    race: Race, group: str, shape: Shape, measure: str, threads: int, sparsity: float
+) -> list[Row]:
+    """Dense over the account of ours; no row where one of them failed."""
+    found = race.compare(DENSE, WITHOUT_WEIGHTS, measure)
+    if found is None:
+        return []
+    measured = rates(threads, None if isinstance(shape, ConvShape) else shape.batch)
+    milliseconds = account_ms(shape, measure, sparsity, found.ours_ms, measured)
+    return [
+        Row(
+            group=f"{group}-account",
+            case=str(shape),
+            measure=measure,
+            threads=threads,
+            sparsity=sparsity,
+            baseline=DENSE,
+            baseline_variant=found.baseline_variant,
+            baseline_ms=found.baseline_ms,
+            ours="account",
+            ours_ms=milliseconds,
+            speedup=found.baseline_ms / milliseconds,
+            rounds=found.rounds,
+        )
+    ]
+
+
+@functools.cache
+def rates(threads: int, rows: int | None = None) -> Rates:
+    """Measured once for each number of threads, which must be torch's now, and of a linear layer's rows.
+
+    A kernel adds an active weight to eight vectors at once, or as many as there are rows: with few of
+    them, finding the weight takes longer than its products.
+    """
+    return Rates(bytes_a_ms=_bytes_a_ms(), products_a_ms=_products_a_ms(threads, rows))
+
+
+def _bytes_a_ms() -> float:
+    numbers = torch.ones(32 << 20)
+    return numbers.numel() * 4 / _median_ms(numbers.sum)
+
+
+def _products_a_ms(threads: int, rows: int | None) -> float:
+    """From what half of the weights add, on one thread, to a layer whose input takes 8 to 16 KiB."""
+    layer: MaskedConv2d | MaskedLinear
+    if rows is None:
+        layer, input = MaskedConv2d(8, 512, 3, padding=1, bias=False), torch.randn(1, 8, 14, 30)
+    else:
+        features = max(8, min(64, 4096 // rows))
+        layer, input = MaskedLinear(features, 2048, bias=False), torch.randn(rows, features)
+    pixels = input.numel() // input.size(1)
+    layer.algorithm = "sparse"
+    torch.set_num_threads(1)
+    took = []
+    for density in (0.5, 0.0):
+        layer.mask = torch.rand(layer.weight.shape) < density  # type: ignore[assignment]
+        with torch.inference_mode():
+            took.append((layer.count_active() * pixels, _median_ms(lambda: layer(input), times=51)))
+    torch.set_num_threads(threads)
+    (products, with_weights), (_, without) = took
+    return threads * products / (with_weights - without)
+
+
+def _median_ms(call: Callable[[], object], times: int = 9) -> float:
+    call()
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took) * 1e3
