@@ -11,9 +11,14 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     )
 
 from granet_kernels.backends.triton.cast import mask_cast, mask_grad
-from granet_kernels.backends.triton.compressed import compressed_conv2d, compressed_linear
-from granet_kernels.backends.triton.conv import masked_conv2d, masked_conv2d_backward
-from granet_kernels.backends.triton.linear import masked_linear, masked_linear_backward
+from granet_kernels.backends.triton.layers import (
+    compressed_conv2d,
+    compressed_linear,
+    masked_conv2d,
+    masked_conv2d_backward,
+    masked_linear,
+    masked_linear_backward,
+)
 from granet_kernels.backends.triton.mask import (
     count_active,
     pack_mask,

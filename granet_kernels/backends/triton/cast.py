@@ -46,13 +46,6 @@ def mask_cast_bytes(
     return in_sectors(byte.numel()) + read + in_sectors(weight.numel() * dtype.itemsize)
 
 
-def in_form_of(like: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the dtype and layout of what it is a gradient of; a copy where they differ."""
-    if (gradient.dtype, gradient.stride()) == (like.dtype, like.stride()):
-        return gradient
-    return torch.empty_like(like).copy_(gradient)
-
-
 def _launch(target: Tensor, source: Tensor, mask: Tensor, dense: Tensor | None) -> None:
     numel = target.numel()
     programs = triton.cdiv(numel, GROUPS * GROUP.value)
