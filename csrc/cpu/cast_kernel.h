@@ -1,8 +1,8 @@
 // The masked cast of whole groups of eight weights, for each pair of dtypes.
 #pragma once
 
-#include "common/simd_dtypes.h"
 #include "common/dtype.h"
+#include "common/simd_dtypes.h"
 
 namespace granet::cpu {
 

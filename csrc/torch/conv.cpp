@@ -210,8 +210,8 @@ bool are_those_of(const Tensor& bits, const Tensor& mask) {
   return bits.numel() == mask.numel() && std::memcmp(bits.const_data_ptr(), mask.const_data_ptr(), size) == 0;
 }
 
-// The active weights in the order of an index's entries, in float32. They are fetched in storage order first: what takes
-// time is the cache lines of the weight.
+// The active weights in the order of an index's entries, in float32. They are fetched in storage order first: what
+// takes time is the cache lines of the weight.
 Tensor values_of(const Tensor& weight, const Known& known, const std::vector<Tensor>& index, bool to_bfloat16) {
   const int64_t count = known.positions.numel();
   STD_TORCH_CHECK(index.size() == 3 && index[2].numel() == count, "index: expected ", count, " entries");
