@@ -39,6 +39,7 @@ def load() -> None:
             "or because of GRANET_BUILD_CUDA=0; install the CUDA toolkit, or nvidia-cuda-nvcc, and "
             "run `pip install --no-build-isolation .`"
         )
+    _check_driver()
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -47,3 +48,18 @@ def load() -> None:
             "install torch 2.10 or later with CUDA, or rebuild with "
             "`pip install --no-build-isolation .`"
         ) from error
+
+
+def _check_driver() -> None:
+    """The library holds CUDA's runtime, which a driver of an earlier major version refuses."""
+    if not torch.cuda.is_available():
+        return
+    from granet_kernels import _native
+
+    toolkit = str(_native.build_info()["cuda_toolkit"])
+    driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009 - 12080: 12.8
+    if driver // 1000 < int(toolkit.split(".")[0]):
+        raise ImportError(
+            f"the CUDA extension was built with CUDA {toolkit}, and the driver is one for "
+            f"{driver // 1000}.{driver % 1000 // 10}: update the driver, or rebuild with an older toolkit"
+        )
