@@ -1,4 +1,4 @@
-"""Tensors and a network on a GPU, of the tests of the Triton backend there."""
+"""Tensors and a network on a GPU, of the tests of the backends there."""
 
 import contextlib
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from granet_kernels import MaskedSGD, masked_layers, sparsify
 from granet_kernels.backends import reference
+from granet_kernels.ops import backend_for, backend_status, use_backend
 
 GPU = "cuda"
 OPS = torch.ops.granet
@@ -23,13 +24,15 @@ SGD = {
 SIZES = (4096 + 40, 33, 8, 1, 20480, 1009)
 
 
-@pytest.fixture(autouse=True)
-def kernels_are_triton():
-    """Everything here is about this backend; another one must not pass its tests."""
-    from granet_kernels.ops import backend_for
-
-    if torch.cuda.is_available():
-        assert backend_for("masked_sgd_", "cuda") == "triton"
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def backend(request):
+    """The one whose kernels run; another one must not pass its tests."""
+    if reason := backend_status()[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    with use_backend(request.param):
+        if torch.cuda.is_available():
+            assert backend_for("masked_sgd_", GPU) == request.param
+        yield request.param
 
 
 @contextlib.contextmanager

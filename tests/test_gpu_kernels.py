@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: the operators' tests, streams, devices, memory, synchronisation.
+"""The backends on a GPU: the operators' tests, streams, devices, memory, synchronisation.
 
 What a test computes is small and said on the device; that it runs at all without a GPU is tested by
 ``triton_interpreted.py`` and its neighbours.
@@ -22,14 +22,12 @@ from tests.gpu_states import (
     State,
     Training,
     assert_equal,
-    kernels_are_triton,
+    backend,
     no_waiting,
     run_all,
 )
 
-__all__ = ["kernels_are_triton"]
-
-triton = pytest.importorskip("triton")
+__all__ = ["backend"]
 
 pytestmark = pytest.mark.gpu
 
@@ -38,9 +36,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mask", "sgd", "select"])
-def test_the_operators_tests(family):
+def test_the_operators_tests(family, backend):
     """The same bodies, with tensors made on the GPU."""
-    chosen = {"GRANET_TEST_DEVICE": GPU, "GRANET_TEST_BACKENDS": "triton"}
+    chosen = {"GRANET_TEST_DEVICE": GPU, "GRANET_TEST_BACKENDS": backend}
     file = os.path.join(os.path.dirname(__file__), f"test_{family}.py")
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "addopts="]
     run = subprocess.run(
@@ -117,7 +115,10 @@ def test_repeats_bit_for_bit():
             assert torch.equal(a, b)
 
 
-def test_nothing_compiles_anew_for_other_lengths_and_numbers():
+def test_nothing_compiles_anew_for_other_lengths_and_numbers(backend):
+    if backend != "triton":
+        pytest.skip("compiled ahead of time")
+    triton = pytest.importorskip("triton")
     state = State()
     run_all(state)
     compiled = []

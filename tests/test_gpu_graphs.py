@@ -1,15 +1,13 @@
-"""The Triton backend in CUDA graphs."""
+"""The backends in CUDA graphs."""
 
 import pytest
 import torch
 
 from granet_kernels import count_active
 from granet_kernels.backends import reference
-from tests.gpu_states import GPU, State, Training, assert_equal, kernels_are_triton, run_all
+from tests.gpu_states import GPU, State, Training, assert_equal, backend, run_all
 
-__all__ = ["kernels_are_triton"]
-
-pytest.importorskip("triton")
+__all__ = ["backend"]
 
 pytestmark = pytest.mark.gpu
 
