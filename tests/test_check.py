@@ -1,9 +1,6 @@
 """granet check."""
 
 import argparse
-import os
-import subprocess
-import sys
 import types
 
 import pytest
@@ -70,32 +67,3 @@ def test_a_backend_without_its_device_is_listed(bad_backend, capsys):
     assert run() == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "bad - all - no toaster device here" in lines
-
-
-INTERPRETED = """
-import argparse, sys
-from granet import check
-from granet_kernels import selftest
-selftest.OPERATORS = sys.argv[1:]
-sys.exit(check.run(argparse.Namespace(verbose=False)))
-"""
-
-
-@pytest.mark.slow
-def test_triton_in_its_interpreter():
-    """All equal, with nothing of the tests around it; those operators that convert numbers."""
-    pytest.importorskip("triton")
-    operators = ("count_active", "mask_cast", "mask_grad", "masked_sgd_", "masked_linear")
-    run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, *operators],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    for operator in operators:
-        assert any(
-            line.split()[:3] == ["triton", "cpu", operator]
-            and line.endswith("ok, in Triton's interpreter")
-            for line in run.stdout.splitlines()
-        ), run.stdout

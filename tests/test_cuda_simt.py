@@ -5,17 +5,15 @@ own, and with them ``cuda_host_run.py``: what concerns this backend alone.
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.backend_processes import ROOT, assert_listed, assert_passed, pytest_processes
 from tests.simt import build
 
-ROOT = Path(__file__).parents[1]
 FILES = (
     "tests/test_mask.py",
     "tests/test_sgd.py",
@@ -36,55 +34,21 @@ def built():
 
 @pytest.fixture(scope="module")
 def processes(built):
-    """All at once, for as many processors as there are."""
-    environment = os.environ | {"GRANET_SIMT": "1", "GRANET_TEST_BACKENDS": "cuda"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = {
-        file: subprocess.Popen([*command, file], cwd=ROOT, env=environment, **streams)
-        for file in FILES
-    }
-    yield started
-    for process in started.values():  # those that no test has waited for
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    with pytest_processes(FILES, GRANET_SIMT="1", GRANET_TEST_BACKENDS="cuda") as started:
+        yield started
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_run_on_the_host(processes, file):
-    output, _ = processes[file].communicate()
-    assert processes[file].returncode == 0, output
-    assert " passed" in output
-
-
-CHECK = """
-import argparse, sys
-from granet import check
-from granet_kernels import selftest
-selftest.OPERATORS = sys.argv[1:]
-sys.exit(check.run(argparse.Namespace(verbose=False)))
-"""
+    assert_passed(processes[file])
 
 
 @pytest.mark.slow
 def test_granet_check_lists_it(built):
     """With nothing of the tests around it."""
     operators = ("count_active", "mask_cast", "masked_sgd_", "prune_")
-    run = subprocess.run(
-        [sys.executable, "-c", CHECK, *operators],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"GRANET_SIMT": "1"},
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    for operator in operators:
-        assert any(
-            line.split()[:3] == ["cuda", "cpu", operator]
-            and line.endswith("ok, in tests/simt on the host")
-            for line in run.stdout.splitlines()
-        ), run.stdout
+    assert_listed("cuda", operators, "ok, in tests/simt on the host", GRANET_SIMT="1")
 
 
 @pytest.fixture

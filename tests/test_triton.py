@@ -4,14 +4,10 @@ The interpreter has to be chosen before triton is imported, so the operators' te
 backend in processes of their own, and with them ``triton_interpreted.py``: what concerns Triton alone.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.backend_processes import assert_listed, assert_passed, pytest_processes
+
 FILES = (
     "tests/test_mask.py",
     "tests/test_sgd.py",
@@ -25,24 +21,20 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def processes():
-    """All at once, for as many processors as there are."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "GRANET_TEST_BACKENDS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = {
-        file: subprocess.Popen([*command, file], cwd=ROOT, env=environment, **streams)
-        for file in FILES
-    }
-    yield started
-    for process in started.values():  # those that no test has waited for
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    chosen = {"TRITON_INTERPRET": "1", "GRANET_TEST_BACKENDS": "triton"}
+    with pytest_processes(FILES, **chosen) as started:
+        yield started
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(processes, file):
-    output, _ = processes[file].communicate()
-    assert processes[file].returncode == 0, output
-    assert " passed" in output
+    assert_passed(processes[file])
+
+
+@pytest.mark.slow
+def test_granet_check_lists_it():
+    """With nothing of the tests around it; those operators that convert numbers."""
+    operators = ("count_active", "mask_cast", "mask_grad", "masked_sgd_", "masked_linear")
+    result = "ok, in Triton's interpreter"
+    assert_listed("triton", operators, result, TRITON_INTERPRET="1")
