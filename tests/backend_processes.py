@@ -1,4 +1,4 @@
-"""Tests and `granet check` in processes of their own: backends that must be chosen before they are imported."""
+"""Tests and `granet check` in processes of their own, where a backend must be chosen beforehand."""
 
 import os
 import subprocess
