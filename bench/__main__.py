@@ -58,9 +58,13 @@ def _measure(args: argparse.Namespace) -> int:
     measured = run_rows(rows, setting, effort)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     records.append_csv(args.out, measured)
-    failures = [row for row in measured if row.median_ms is None]
-    print(f"{len(measured) - len(failures)} rows measured, {len(failures)} failed")
-    for row in failures:
+    missing = [row for row in measured if row.median_ms is None]
+    failures = [row for row in missing if row.has_failed]
+    print(
+        f"{len(measured) - len(missing)} rows measured, {len(failures)} failed, "
+        f"{len(missing) - len(failures)} left out"
+    )
+    for row in missing:
         print(f"  {row.name}/{row.variant} ({row.mode}, {row.dtype}): {row.note}")
     return FAILED if failures else OK
 

@@ -12,6 +12,7 @@ Run it from the root of the project; the Python to use is $PYTHON (python3). It 
 bench/results/<card>/:
   yardsticks.csv    every measurement (columns: bench/README.md)
   kernels.csv       every Triton kernel as it is compiled for this card
+  dram.csv          bytes at the memory beside those of our accounts, where Nsight Compute is installed
   stages.csv        every stage with its outcome, exit status and seconds
   environment.json  the machine and its software
   suite.log         what the stages printed
@@ -19,20 +20,20 @@ bench/results/<card>/:
 
   --quick    toy sizes: does everything run? The figures mean nothing.
   --device   cpu goes with --quick only
-  --stages   of environment, build, kernels, check, tests, sanitizer, bandwidth, step, compiled, selection, training
-             (default: all)
+  --stages   of environment, build, kernels, check, tests, sanitizer, bandwidth, step, compiled, selection, training,
+             dram (default: all)
 
 Exit status: 0 all stages passed, 1 some did not, 2 wrong usage, 3 no CUDA device, 130 interrupted (the closing
 table is written nevertheless).
 TEXT
 }
 
-# Seconds each stage may take: 450 in all, which with start-up and summary stays under 8 minutes. What is right comes
+# Seconds each stage may take: 465 in all, which with start-up and summary stays under 8 minutes. What is right comes
 # first, then what is fast.
-readonly STAGES=(environment build kernels check tests sanitizer bandwidth step compiled selection training)
+readonly STAGES=(environment build kernels check tests sanitizer bandwidth step compiled selection training dram)
 declare -rA LIMITS=(
-  [environment]=15 [build]=80 [kernels]=35 [check]=50 [tests]=80 [sanitizer]=35
-  [bandwidth]=15 [step]=35 [compiled]=45 [selection]=25 [training]=35
+  [environment]=10 [build]=70 [kernels]=35 [check]=40 [tests]=75 [sanitizer]=45
+  [bandwidth]=10 [step]=35 [compiled]=35 [selection]=40 [training]=35 [dram]=35
 )
 
 fail_usage() {
@@ -88,7 +89,7 @@ if ((status)); then
 fi
 out=${out:-bench/results/$slug}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
-rm -f "$out"/{yardsticks.csv,kernels.csv,stages.csv,environment.json,suite.log,summary.txt}
+rm -f "$out"/{yardsticks.csv,kernels.csv,dram.csv,stages.csv,environment.json,suite.log,summary.txt}
 
 work=$(mktemp -d) || exit 1
 running=
@@ -129,20 +130,40 @@ sanitizer() {
     echo "skipped: no GPU, or no compute-sanitizer (it comes with the CUDA toolkit)"
     return 0
   fi
-  for tool in memcheck racecheck; do
+  local running=() status=0
+  for tool in memcheck racecheck; do # side by side: most of their time is loading torch
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 \
       "$python" -m pytest -o addopts= -p no:cacheprovider --import-mode=append -q \
-      tests/test_gpu_kernels.py -k "every_kernel_once and float32" || return
+      tests/test_gpu_kernels.py -k "every_kernel_once and float32" &
+    running+=($!)
   done
+  for tool in "${running[@]}"; do wait "$tool" || status=$?; done
+  return "$status"
+}
+
+# Single kernels, at the clocks and with the caches as they are.
+dram() {
+  local program
+  program=$(command -v ncu || echo "${CUDA_HOME:-/usr/local/cuda}/bin/ncu")
+  if [[ $device == cpu || ! -x $program ]]; then
+    echo "skipped: no GPU, or no Nsight Compute"
+    return 0
+  fi
+  "$program" --clock-control none --cache-control none --profile-from-start off --print-units base --csv \
+    --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum --log-file "$work/ncu.csv" \
+    "$python" -m bench.dram run --out "$work/operations.csv" || return
+  "$python" -m bench.dram table "$work/ncu.csv" "$work/operations.csv" --out "$out/dram.csv"
 }
 
 gpu_tests() {
   # Configured options may name plugins that are not here; a test file whose imports are missing must not
   # keep the others from running. "append" leaves the installed package first in sys.path.
-  local files
+  local files workers=()
   mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+  # Most of their time is Python's and Triton's compiler's.
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6 --dist loadgroup)
   "$python" -m pytest -m gpu -o addopts= -p no:cacheprovider --import-mode=append --continue-on-collection-errors \
-    -ra --durations=10 "${files[@]}"
+    -ra --durations=10 "${workers[@]}" "${files[@]}"
   local status=$?
   if ((status == 5)) && [[ $device == cpu ]]; then
     echo "no test selected: as it should be without a GPU"
@@ -153,9 +174,7 @@ gpu_tests() {
 
 measure() { # group, seconds
   local seconds=$(($2 > 20 ? $2 - 15 : $2 / 2)) # the rest is for imports, inputs and the last round
-  # The rows are of the Triton backend, whose accounts divide them.
-  GRANET_BACKEND=$([[ $device == cuda ]] && echo triton || echo auto) \
-    "$python" -m bench measure --device "$device" "${quick[@]}" --group "$1" --seconds "$seconds" --out "$out/yardsticks.csv"
+  "$python" -m bench measure --device "$device" "${quick[@]}" --group "$1" --seconds "$seconds" --out "$out/yardsticks.csv"
 }
 
 stage_body() { # name, limit
@@ -166,13 +185,14 @@ stage_body() { # name, limit
     check) "$python" -m granet check ;;
     tests) gpu_tests ;;
     sanitizer) sanitizer ;;
+    dram) dram ;;
     *) measure "$1" "$2" ;;
   esac
 }
 
 # `timeout` runs programs, not functions: it runs a shell that has been given them.
-export python site device out
-export -f build kernels gpu_tests sanitizer measure stage_body
+export python site device out work
+export -f build kernels gpu_tests sanitizer dram measure stage_body
 run_stage() { # name
   local limit=${LIMITS[$1]} begin end status outcome
   [[ $device == cuda ]] || limit=$((limit * 4)) # compiling on a small machine
@@ -202,6 +222,10 @@ run_stage() { # name
   ((status == 0))
 }
 
+log_of() { # stage
+  awk -v head="===== $1 " 'index($0, "===== ") == 1 { on = index($0, head) == 1 } on' "$out/suite.log"
+}
+
 echo "stage,outcome,exit_status,seconds,limit_s" >"$out/stages.csv"
 failed=()
 for stage in "${wanted[@]}"; do
@@ -223,12 +247,16 @@ trap '' INT TERM # whoever is in a hurry gets the summary all the same
       printf '\n----- targets\n'
       "$python" -m bench targets "$out/yardsticks.csv"
     fi
+    if [[ -s $out/dram.csv ]]; then
+      printf '\n----- bytes at the memory\n'
+      log_of dram | tail -n +2
+    fi
   else
     echo "nothing was measured"
   fi
   for stage in "${failed[@]}"; do
     printf '\n----- %s, end of its output (all of it: suite.log)\n' "$stage"
-    awk -v head="===== $stage " 'index($0, "===== ") == 1 { on = index($0, head) == 1 } on' "$out/suite.log" | tail -n 20
+    log_of "$stage" | tail -n 20
   done
 } >"$out/summary.txt" 2>&1
 echo

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bench.machine import Stamp
-from bench.registry import Case, Yardstick
+from bench.registry import Case, UnavailableError, Yardstick
 from bench.timing import Sample
+
+LEFT_OUT = "left out"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,11 @@ class Row:
     clocks: str
     timestamp: str
     note: str = ""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has no figures, and should have."""
+        return self.median_ms is None and not self.note.startswith(LEFT_OUT)
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -88,6 +95,7 @@ def measured_row(
 
 def failed_row(yardstick: Yardstick, error: Exception, *, mode: str, stamp: Stamp) -> Row:
     """The row of a measurement that raised: no figure, the error as its note."""
+    kind = LEFT_OUT if isinstance(error, UnavailableError) else type(error).__name__
     text = " ".join(str(error).split())[:200]
     return Row(
         group=yardstick.group,
@@ -98,7 +106,7 @@ def failed_row(yardstick: Yardstick, error: Exception, *, mode: str, stamp: Stam
         sparsity=yardstick.sparsity,
         baseline=yardstick.baseline,
         **asdict(stamp),
-        note=f"{type(error).__name__}: {text}",
+        note=f"{kind}: {text}",
     )
 
 

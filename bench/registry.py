@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -47,6 +48,12 @@ class Case:
     """Sets of inputs that consecutive calls of `run` go through in turn."""
     reset: Callable[[], object] | None = None
     """Restores what `run` spends; not timed."""
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What calls of `run` happen in, such as the choice of a backend; entering it is not timed."""
+
+
+class UnavailableError(RuntimeError):
+    """A row's `build` lacks something optional: it is left out, with the reason, and nothing has failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

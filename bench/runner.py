@@ -35,7 +35,8 @@ def _graph_entry(row: Yardstick, case: Case) -> Entry:
     calls = -(-GRAPH_CALLS // case.copies) * case.copies  # every copy equally often
     calls = calls if case.reset is None else 1  # what a call spends is restored before the next
     try:
-        replay = graph_replay(case.run, calls)
+        with case.around():
+            replay = graph_replay(case.run, calls)
     except Exception as error:  # whatever a baseline raises is a result
         return Entry(row=row, mode=GRAPH, error=error)
     subject = Subject(label=label(row, GRAPH), run=replay, calls=calls, reset=case.reset)
@@ -48,7 +49,7 @@ def _entries(row: Yardstick, setting: Setting) -> list[Entry]:
         case = row.build(setting)
     except Exception as error:
         return [Entry(row=row, mode=EAGER, error=error)]
-    subject = Subject(label=label(row, EAGER), run=case.run, reset=case.reset)
+    subject = Subject(label=label(row, EAGER), run=case.run, reset=case.reset, around=case.around)
     entries = [Entry(row=row, mode=EAGER, case=case, subject=subject)]
     if row.graph and setting.device.type == "cuda":
         entries.append(_graph_entry(row, case))

@@ -31,32 +31,48 @@ class Target:
 
 
 DENSE_STEP = "sgd_weights/torch_fused"
-TARGETS = (
-    Target(row="sgd_weights/granet_uniform", sparsity="0", against=DENSE_STEP, bound=1.02),
-    Target(row="sgd_weights/granet_erk", sparsity="0.9", against=DENSE_STEP, bound=0.6),
-    Target(row="sgd_weights/granet_uniform", sparsity="0.98", against=DENSE_STEP, bound=0.35),
-    Target(row="sgd_weights/granet_erk", sparsity="0.98", against=DENSE_STEP, bound=0.35),
-    Target(row="prune/granet", sparsity="0.9", against=READ, bound=2),
-    Target(row="prune/granet", sparsity="0.9", against="select/torch_topk_sorted", bound=1 / 20),
-    Target(row="update/granet", sparsity="0.9", against=READ, bound=5),
-    Target(
-        row="resnet50_gradients/granet",
-        sparsity="0.9",
-        dtype="bfloat16",
-        mode=EAGER,
-        against="resnet50_gradients/dense",
-        bound=1.01,
-    ),
-    *(
+TOPK = "select_kaiming/torch_topk_sorted"
+
+
+def _targets_of(backend: str) -> tuple[Target, ...]:
+    step, prune, update = f"sgd_weights/{backend}", f"prune/{backend}", f"update/{backend}"
+    return (
+        Target(row=f"{step}_uniform", sparsity="0", against=DENSE_STEP, bound=1.02),
+        Target(row=f"{step}_erk", sparsity="0.9", against=DENSE_STEP, bound=0.6),
+        Target(row=f"{step}_uniform", sparsity="0.98", against=DENSE_STEP, bound=0.35),
+        Target(row=f"{step}_erk", sparsity="0.98", against=DENSE_STEP, bound=0.35),
+        Target(row=prune, sparsity="0.9", against=READ, bound=2),
+        Target(row=prune, sparsity="0.9", against=TOPK, bound=1 / 20),
+        Target(row=update, sparsity="0.9", against=READ, bound=5),
         Target(
-            row="resnet50_step/granet",
+            row=f"resnet50_gradients/{backend}",
             sparsity="0.9",
-            dtype=dtype,
+            dtype="bfloat16",
+            mode=EAGER,
+            against="resnet50_gradients/dense",
+            bound=1.01,
+        ),
+        Target(
+            row=f"resnet50_step/{backend}",
+            sparsity="0.9",
+            dtype="bfloat16",
             mode=EAGER,
             against="resnet50_step/dense_fused",
             bound=1.0,
-        )
-        for dtype in ("bfloat16", "float16")
+        ),
+    )
+
+
+TARGETS = (
+    *_targets_of("cuda"),
+    *_targets_of("triton"),
+    Target(
+        row="resnet50_step/cuda",
+        sparsity="0.9",
+        dtype="float16",
+        mode=EAGER,
+        against="resnet50_step/dense_fused",
+        bound=1.0,
     ),
 )
 

@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,8 @@ class Subject:
     """How often one `run` does the measured work; times are per call."""
     reset: Callable[[], object] | None = None
     """Restores, untimed, what `run` spends; a batch is then a single run."""
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered, untimed, around each batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,9 +135,10 @@ def _batch(subject: Subject, runs: int) -> Callable[[], None]:
 
 
 def _timed(subject: Subject, runs: int, device: torch.device) -> float:
-    if subject.reset is not None:
-        subject.reset()
-    return elapsed_ms(_batch(subject, runs), device)
+    with subject.around():
+        if subject.reset is not None:
+            subject.reset()
+        return elapsed_ms(_batch(subject, runs), device)
 
 
 def _prepare(subject: Subject, device: torch.device, effort: Effort) -> int:

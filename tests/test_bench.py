@@ -1,5 +1,6 @@
 """The harness of the GPU benchmarks, on the CPU at toy sizes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -170,6 +171,35 @@ def test_a_failure_costs_its_own_row(tmp_path):
     assert "job/cannot_build (eager): RuntimeError: out of memory" in table
 
 
+def test_what_is_left_out_has_not_failed(monkeypatch, tmp_path, capsys):
+    def without_header(_):
+        raise registry.UnavailableError("no such header")
+
+    row = make_row(without_header, variant="optional")
+    monkeypatch.setattr(registry, "registered", lambda: (row,))
+    path = tmp_path / "rows.csv"
+    arguments = ["measure", "--device", "cpu", "--quick", "--out", str(path)]
+    assert program.main(arguments) == program.OK
+    assert "0 failed, 1 left out" in capsys.readouterr().out
+    (left_out,) = (line for line in records.read_csv(path) if line["variant"] == "optional")
+    assert (left_out["median_ms"], left_out["note"]) == ("", "left out: no such header")
+
+
+def test_rows_run_in_what_is_around_them():
+    inside = []
+
+    @contextlib.contextmanager
+    def around():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    case = make_case(run=lambda: inside[0], around=around, reset=lambda: inside[0])
+    (_, row) = runner.run_rows([make_row(lambda _: case)], TOY, timing.QUICK)
+    assert row.median_ms > 0, row.note
+    assert inside == []
+
+
 def test_a_graph_of_what_is_spent_is_restored_before_each_replay(monkeypatch):
     captured = []
     monkeypatch.setattr(runner, "graph_replay", lambda run, calls: captured.append(calls))
@@ -268,7 +298,9 @@ def test_measure_every_row_at_toy_size(group, tmp_path, capsys):
     arguments = ["measure", "--device", "cpu", "--quick", "--group", group, "--out", str(path)]
     assert program.main(arguments) == program.OK
     rows = records.read_csv(path)
-    expected = registry.select(registry.registered(), group=group)
+    expected = [
+        row for row in registry.select(registry.registered(), group=group) if not row.cuda_only
+    ]
     keys = {(row["name"], row["variant"], row["dtype"]) for row in rows if row["group"] == group}
     assert keys == {(row.name, row.variant, row.dtype) for row in expected}
     for row in rows:

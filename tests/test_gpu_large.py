@@ -9,7 +9,8 @@ from tests.gpu_states import GPU, OPS, SGD, assert_equal, backend
 
 __all__ = ["backend"]
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+# One after another: each needs much of the card's memory.
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("large")]
 
 MANY = 2**31 + 8 * 1000 + 5
 EDGE = 4096

@@ -15,15 +15,23 @@ from bench.resnet50 import is_weight, kaiming_weights, parameter_shapes, weight_
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
 SPARSITY = 0.9
+TINY_COUNTS = (1, 54, 1000)
+TINY_NUMEL = 256
 
 Which = Literal["weights", "all"]
 Loop = Literal["fused", "foreach", "single"]
 
-# fp32 bytes a weight, reads and writes of weight, gradient, momentum. One pass:
-FUSED = 4 * (3 + 2)
+# Numbers read and written, of weight, gradient, momentum. One pass:
+FUSED_ACCESSES = 3 + 2
 # A call each: grad + decay * weight, momentum * mu, momentum + grad, weight - lr * momentum.
-UNFUSED = 4 * (3 + 2 + 3 + 3)
-SGD_BYTES: dict[Loop, int] = {"fused": FUSED, "foreach": UNFUSED, "single": UNFUSED}
+UNFUSED_ACCESSES = 3 + 2 + 3 + 3
+ACCESSES: dict[Loop, int] = {
+    "fused": FUSED_ACCESSES,
+    "foreach": UNFUSED_ACCESSES,
+    "single": UNFUSED_ACCESSES,
+}
+# fp32 bytes a weight.
+FUSED = 4 * FUSED_ACCESSES
 # Two calls, weight * mask and momentum * mask, each reading two tensors and writing a third.
 MASKING = sum(STEP_BYTES.values())
 
@@ -80,16 +88,41 @@ def make_sgd(params: list[nn.Parameter], loop: Loop) -> torch.optim.SGD:
     )
 
 
-def build_sgd(which: Which, loop: Loop, setting: Setting) -> Case:
-    """The dense step."""
-    tensors = make_tensors(which, 0.0, setting)
+def dense_case(params: list[nn.Parameter], loop: Loop) -> Case:
+    """The dense step of parameters that have gradients."""
+    per_weight = ACCESSES[loop] * params[0].element_size()
+    numel = sum(param.numel() for param in params)
     return Case(
-        run=make_sgd(tensors.params, loop).step,
-        n_tensors=len(tensors.params),
-        n_weights=tensors.numel,
-        model_bytes=SGD_BYTES[loop] * tensors.numel,
-        account=f"sgd {SGD_BYTES[loop]}",
+        run=make_sgd(params, loop).step,
+        n_tensors=len(params),
+        n_weights=numel,
+        model_bytes=per_weight * numel,
+        account=f"sgd {per_weight}",
     )
+
+
+def build_sgd(which: Which, loop: Loop, dtype: torch.dtype, setting: Setting) -> Case:
+    """Of the network's weights, or of all its parameters."""
+    params = []
+    for param in make_tensors(which, 0.0, setting).params:
+        params.append(nn.Parameter(param.detach().to(dtype)))
+        params[-1].grad = torch.randn_like(params[-1]) * 1e-3
+    return dense_case(params, loop)
+
+
+def tiny_weights(count: int, setting: Setting) -> list[Tensor]:
+    """So few numbers in `count` tensors that launching is what takes time."""
+    generator = torch.Generator(setting.device).manual_seed(setting.seed)
+    many = torch.randn(count, TINY_NUMEL, device=setting.device, generator=generator)
+    return [weight.clone() for weight in many]
+
+
+def build_tiny(count: int, loop: Loop, setting: Setting) -> Case:
+    """The dense step of `tiny_weights`."""
+    params = [nn.Parameter(weight) for weight in tiny_weights(count, setting)]
+    for param in params:
+        param.grad = torch.randn_like(param) * 1e-3
+    return dense_case(params, loop)
 
 
 def build_published(which: Which, loop: Loop, setting: Setting) -> Case:
@@ -106,8 +139,8 @@ def build_published(which: Which, loop: Loop, setting: Setting) -> Case:
         run=run,
         n_tensors=len(tensors.params),
         n_weights=tensors.numel,
-        model_bytes=SGD_BYTES[loop] * tensors.numel + MASKING * tensors.masked_numel,
-        account=f"sgd {SGD_BYTES[loop]} + masks {MASKING}",
+        model_bytes=4 * ACCESSES[loop] * tensors.numel + MASKING * tensors.masked_numel,
+        account=f"sgd {4 * ACCESSES[loop]} + masks {MASKING}",
     )
 
 
@@ -153,7 +186,7 @@ def _rows() -> list[Yardstick]:
                     group="step",
                     name=f"sgd_{which}",
                     variant=f"torch_{loop}",
-                    build=functools.partial(build_sgd, which, loop),
+                    build=functools.partial(build_sgd, which, loop, torch.float32),
                     baseline=baseline,
                     graph=True,
                 )
@@ -170,13 +203,38 @@ def _rows() -> list[Yardstick]:
                     baseline=baseline,
                 )
             )
+    rows += [
+        Yardstick(
+            group="step",
+            name="sgd_weights",
+            variant="torch_fused",
+            build=functools.partial(build_sgd, "weights", "fused", dtype),
+            dtype=str(dtype).removeprefix("torch."),
+            baseline="sgd_weights/torch_fused",
+            graph=True,
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    loops: tuple[Loop, ...] = ("fused", "foreach")
+    rows += [
+        Yardstick(
+            group="step",
+            name=f"sgd_tiny_{count}",
+            variant=f"torch_{loop}",
+            build=functools.partial(build_tiny, count, loop),
+            baseline=f"sgd_tiny_{count}/torch_fused",
+            graph=True,
+        )
+        for count in TINY_COUNTS
+        for loop in loops
+    ]
     # Compiling takes long enough to have its own process and time limit, with its own baseline.
     rows.append(
         Yardstick(
             group="compiled",
             name="sgd_weights",
             variant="torch_fused",
-            build=functools.partial(build_sgd, "weights", "fused"),
+            build=functools.partial(build_sgd, "weights", "fused", torch.float32),
             baseline="sgd_weights/torch_fused",
             graph=True,
         )
