@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -52,14 +53,25 @@ def load() -> None:
 
 def _check_driver() -> None:
     """The library holds CUDA's runtime, which a driver of an earlier major version refuses."""
-    if not torch.cuda.is_available():
-        return
     from granet_kernels import _native
 
     toolkit = str(_native.build_info()["cuda_toolkit"])
-    driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009 - 12080: 12.8
-    if driver // 1000 < int(toolkit.split(".")[0]):
+    driver = _driver_version()
+    if driver is not None and driver // 1000 < int(toolkit.split(".")[0]):
         raise ImportError(
             f"the CUDA extension was built with CUDA {toolkit}, and the driver is one for "
             f"{driver // 1000}.{driver % 1000 // 10}: update the driver, or rebuild with an older toolkit"
         )
+
+
+def _driver_version() -> int | None:
+    """The latest CUDA that the driver knows, 12080 for 12.8; None without a driver.
+
+    Of the driver itself: torch's own word for it is private, and not the same in all versions.
+    """
+    version = ctypes.c_int(0)
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    return version.value if status == 0 else None
