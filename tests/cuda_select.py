@@ -115,7 +115,7 @@ def test_a_direct_call_does_not_leave_the_tensors_memory():
     assert weight.tolist() == [1] * 9
 
 
-NUMEL = 1 << 22  # from here on a sample is taken
+NUMEL = 1 << 22
 MIB = 1 << 20
 BITS = NUMEL // 8
 
@@ -143,12 +143,20 @@ def test_pruning_a_dense_weight_in_bytes_an_element(monkeypatch):
     assert 5 < moved / NUMEL < 6.5
 
 
-def test_what_goes_is_written_and_momenta_are_read():
-    weights, momenta = [torch.empty(4096)], [torch.empty(4096)]
+def test_only_what_takes_part_is_read_and_what_changes_written():
+    weights, momenta, bits = [torch.empty(4096)], [torch.empty(4096)], 4096 // 8
     before = full_mask(4096)
     after = pack_mask(torch.arange(4096) >= 16)  # two groups go
-    same = accounts.prune_bytes(weights, momenta, [before], [before])
-    assert accounts.prune_bytes(weights, momenta, [before], [after]) == same + 3 * 2 * 32
+    same = accounts.prune_bytes(weights, momenta, [before], [before], undecided=0.0)
+    assert (
+        accounts.prune_bytes(weights, momenta, [before], [after], undecided=0.0)
+        == same + 2 * 2 * 32
+    )
+    half = pack_mask(torch.arange(4096) < 2048)
+    assert accounts.prune_bytes(weights, momenta, [half], [half], undecided=0.0) == same - 2 * (
+        4096 * 4 // 2
+    )
+    assert same == 2 * (4096 * 4 + bits) + 2 * bits + 4 * bits + 4 * bits
 
 
 def test_drop_regrow_ranks_twice():
@@ -157,3 +165,10 @@ def test_drop_regrow_ranks_twice():
     moved = accounts.drop_regrow_bytes(weights, [], scores, [before], [before])
     ranking = accounts.prune_bytes(weights, [], [before], [before]) - 4 * bits
     assert moved == 2 * ranking + 9 * bits
+
+
+@pytest.mark.parametrize(
+    ("numel", "distance"), [(1 << 16, 16), (1 << 19, 32), (2_359_296, 256), (25_502_912, 256)]
+)
+def test_samples_are_some_thousands(numel, distance):
+    assert accounts._distance(numel) == distance

@@ -38,15 +38,16 @@ def test_every_kernel_is_listed(rows):
         for name in re.findall(r"__global__ void[^;{]*?\b(\w+_kernel)\(", path.read_text())
     }
     assert written == {row.kernel.split("<")[0] for row in rows}
-    assert written == {claim.kernel for claim in cubins.CLAIMS}
+    assert written == {claim.kernel.split("<")[0] for claim in cubins.CLAIMS}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"local": 8}, "8 bytes of local memory and instructions for it"),
-        ({"registers": 65}, "65 registers, more than 64"),
-        ({"wide_loads": 1}, "1 of 2 loads of 16 bytes"),
+        ({"registers": 81}, "81 registers, more than 80"),
+        ({"registers": 128, "kernel": "pass_kernel<unsigned long, 0>"}, None),
+        ({"wide_loads": 7}, "7 of 8 loads of 16 bytes"),
         ({"generic": 2}, "2 generic accesses"),
         ({"fp64": 3}, "3 instructions in fp64"),
         ({"fp64": 3, "kernel": "pass_kernel<unsigned long, 0>"}, None),
@@ -62,7 +63,7 @@ def test_faults_are_found(change, message):
         local=0,
         shared=16536,
         instructions=900,
-        wide_loads=6,
+        wide_loads=8,
         loads=30,
         wide_stores=0,
         stores=20,

@@ -76,7 +76,19 @@ def test_prune_never_activates():
     mask = pack_mask(mask_of(0, 1, 0, 1))
     prune_([weight], [mask], 3)
     assert active(mask, 4) == [0, 1, 0, 1]
-    assert bits(weight) == bits([0, 1.0, 0, 2.0])
+
+
+def test_what_stays_inactive_is_not_touched():
+    """It is +0.0 already; only what changes sides is written."""
+    weight, momentum = torch.tensor([9.0, 1.0, 8.0, 2.0]), torch.full((4,), 5.0)
+    mask = pack_mask(mask_of(0, 1, 0, 1))
+    prune_([weight], [mask], 1, momenta=[momentum])
+    assert bits(weight) == bits([9.0, 0, 8.0, 2.0])
+    assert bits(momentum) == bits([5.0, 0, 5.0, 5.0])
+    drop_regrow_([weight], [mask], [torch.tensor([3.0, 0, 0, 0])], 1.0, momenta=[momentum])
+    assert active(mask, 4) == [1, 0, 0, 0]
+    assert bits(weight) == bits([0, 0, 8.0, 0])
+    assert bits(momentum) == bits([0, 0, 5.0, 0])
 
 
 @pytest.mark.parametrize("k", [0, 5])
@@ -119,6 +131,13 @@ def test_what_regrows_starts_from_zero():
     drop_regrow_([weight], [mask], [torch.tensor([0.0, 1.0, 2.0])], 0.5)
     assert active(mask, 3) == [1, 0, 1]
     assert bits(weight) == bits([4.0, 0, 0])
+
+
+def test_a_regrown_momentum_starts_from_zero_too():
+    weight, momentum = torch.tensor([4.0, 0.1, 0.0]), torch.tensor([1.0, 2.0, 77.0])
+    mask = pack_mask(mask_of(1, 1, 0))
+    drop_regrow_([weight], [mask], [torch.tensor([0, 1.0, 2.0])], 0.5, momenta=[momentum])
+    assert bits(momentum) == bits([1.0, 0, 0])
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,21 @@ int64_t bytes_of(int64_t numel, int64_t first, int64_t count) {
 
 size_t item_size_log2(FloatType type) { return type == FloatType::kFloat64 ? 3 : type == FloatType::kFloat32 ? 2 : 1; }
 
-void zero_inactive(const MaskedWeight& weight, int64_t first, int64_t count, const uint8_t* keep) {
-  table().zero[item_size_log2(weight.type)](weight.data, first, count, keep);
-  if (weight.momentum != nullptr)
-    table().zero[item_size_log2(weight.momentum_type)](weight.momentum, first, count, keep);
+// Writes the mask's bits of the elements [first, first + count), with new_word(byte) for the word at a byte of it, and
+// +0.0 in weight and momentum where that changes them. `same` is room for a mask.
+template <typename NewWord>
+void set_mask(const MaskedWeight& weight, int64_t first, int64_t count, uint8_t* same, const NewWord& new_word) {
+  const int64_t begin = first / kWeightsPerByte;
+  const int64_t end = begin + bytes_of(weight.numel, first, count);
+  for (int64_t byte = begin; byte < end; byte += static_cast<int64_t>(sizeof(uint64_t))) {
+    const uint64_t now = new_word(byte);
+    store_word(same + byte, ~(now ^ load_word(weight.mask + byte)));
+    store_word(weight.mask + byte, now);
+  }
+  table().zero[item_size_log2(weight.type)](weight.data, first, count, same);
+  if (weight.momentum != nullptr) {
+    table().zero[item_size_log2(weight.momentum_type)](weight.momentum, first, count, same);
+  }
 }
 
 // Tensors of drop_regrow() are chosen from one by one, so they are worked on in batches of about so many elements: what
@@ -118,16 +129,8 @@ void drop_regrow_batch(std::span<const MaskedWeight> weights, std::span<const Nu
   choose(
       gains, regrow, Rank::kGain,
       [&](int64_t i, int64_t first, int64_t count) {
-        const MaskedWeight& weight = weights[static_cast<size_t>(i)];
-        const int64_t begin = first / kWeightsPerByte;
-        const int64_t end = begin + bytes_of(weight.numel, first, count);
-        for (int64_t byte = begin; byte < end; byte += static_cast<int64_t>(sizeof(uint64_t))) {
-          const uint64_t after = load_word(kept[i] + byte) | load_word(regrown[i] + byte);
-          const uint64_t before_too = after & load_word(weight.mask + byte);
-          store_word(kept[i] + byte, before_too);  // all other weights are zero: they may have been anything
-          store_word(weight.mask + byte, after);
-        }
-        zero_inactive(weight, first, count, kept[i]);
+        set_mask(weights[static_cast<size_t>(i)], first, count, regrown[i],
+                 [&](int64_t byte) { return load_word(kept[i] + byte) | load_word(regrown[i] + byte); });
       },
       *scratch, parallel);
 }
@@ -146,10 +149,8 @@ void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, co
   choose(
       parts, make_groups(k, active), Rank::kMagnitude,
       [&](int64_t i, int64_t first, int64_t count) {
-        const MaskedWeight& weight = weights[static_cast<size_t>(i)];
-        const int64_t byte = first / kWeightsPerByte;
-        std::copy_n(kept[i] + byte, bytes_of(weight.numel, first, count), weight.mask + byte);
-        zero_inactive(weight, first, count, kept[i]);
+        set_mask(weights[static_cast<size_t>(i)], first, count, kept[i],
+                 [&](int64_t byte) { return load_word(kept[i] + byte); });
       },
       *scratch, parallel);
 }

@@ -31,8 +31,8 @@ struct MaskedWeight {
 };
 
 // Keeps the k largest magnitudes among the active weights, NaN above infinity: of all tensors together if k has one
-// element, of tensor i the k[i] largest if it has one for each. Fewer active ones all stay. Weights and momenta that
-// are then inactive become +0.0.
+// element, of tensor i the k[i] largest if it has one for each. Fewer active ones all stay. Weights that become
+// inactive, and their momenta, become +0.0; those that were so before are not touched.
 void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, const Parallel& parallel);
 
 // masks[i]: the k largest of scores (k as above), signed, NaN below -infinity.
@@ -41,7 +41,7 @@ void topk_mask(std::span<const Numbers> scores, std::span<const int64_t> k, std:
 
 // In each tensor drops the ceil(fraction * active) smallest magnitudes and regrows as many by the largest |score| among
 // the inactive, the just dropped included; a NaN score ranks last. The fraction counts as 0 if it is NaN or below 0,
-// and as 1 above 1. Dropped and regrown: values stay. All that is, or was before the call, inactive becomes +0.0.
+// and as 1 above 1. Dropped and regrown: values stay. What becomes active or inactive becomes +0.0, in momenta too.
 // scores[i] has as many elements as weights[i], in the same order.
 void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double fraction,
                  const Parallel& parallel);

@@ -81,17 +81,19 @@ class Call {
     return selection;
   }
 
-  // Without counts they are to follow.
   cudaError_t prepare(const Selection& selection, const Wanted& wanted) const {
-    const int64_t segments = segments_of(lists_);
     const int64_t* k = wanted.counts;
-    if (k != nullptr && !wanted.on_device) {
-      const cudaError_t error = write_counts(k, segments);
+    if (!wanted.on_device) {
+      const cudaError_t error = write_counts(k, segments_of(lists_));
       if (error != cudaSuccess) return error;
       k = space_.wanted;
     }
-    return launch_resident(prepare_kernel, SelectTraits::kThreads, segments, stream_, selection, k, segments,
-                           lists_.elements);
+    return prepare(selection, k, nullptr, 0);
+  }
+
+  // Of two rankings, the second one's of what the first one leaves; counts are to follow.
+  cudaError_t prepare(const Selection& kept, const Selection& regrown) const {
+    return prepare(kept, nullptr, regrown.segments, regrown.bits);
   }
 
   cudaError_t count(const Fraction& fraction) const {
@@ -110,6 +112,12 @@ class Call {
   }
 
  private:
+  cudaError_t prepare(const Selection& selection, const int64_t* k, Segment* regrown, int regrown_bits) const {
+    const int64_t segments = segments_of(lists_);
+    return launch_resident(prepare_kernel, SelectTraits::kThreads, segments, stream_, selection, k, segments,
+                           lists_.elements, regrown, regrown_bits);
+  }
+
   cudaError_t write_counts(const int64_t* counts, int64_t count) const {
     for (int64_t first = 0; first < count; first += Counts::kMost) {
       Counts part{};
@@ -150,8 +158,7 @@ cudaError_t launch_drop_regrow(const SelectLists& lists, const Fraction& fractio
   const Call call(lists, workspace, stream);
   const Selection kept = call.ranking(Among::kActive, Rank::kMagnitude, false);
   const Selection regrown = call.ranking(Among::kInactive, Rank::kGain, true);
-  cudaError_t error = call.prepare(kept, {});
-  if (error == cudaSuccess) error = call.prepare(regrown, {});
+  cudaError_t error = call.prepare(kept, regrown);
   if (error == cudaSuccess) error = call.count(fraction);
   if (error == cudaSuccess) error = call.run(kept, Rank::kMagnitude, Effect::kKeep);
   if (error == cudaSuccess) error = call.run(regrown, Rank::kGain, Effect::kWeights);

@@ -45,8 +45,8 @@ struct SelectLists {
   bool each;         // a segment is a row; otherwise all are one
   Formats numbers;
   Formats gains;
-  // Segments of so many elements are sampled first: it saves most of a pass and costs two launches.
-  int64_t sample_from = int64_t{1} << 22;
+  // Segments of so many elements are sampled first, which saves most of a pass over them.
+  int64_t sample_from = int64_t{1} << 16;
 };
 
 // Bytes of device memory, aligned to 16, that a call needs; their contents do not matter before or after.

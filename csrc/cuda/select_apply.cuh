@@ -1,12 +1,12 @@
-// The end of a selection: ties are cut by position, bits written, and zeros where weights and momenta go.
+// The end of a selection: ties are cut by position, bits written, and zeros where a bit changes.
 #pragma once
 
-#include "cuda/select_state.cuh"
+#include "cuda/select_split.cuh"
 
 namespace granet::cuda {
 
 struct ApplyMemory {
-  int64_t room[SelectTraits::kThreads / kWarpSize];
+  int64_t room[kWarps];
   bool flag;
 };
 
@@ -15,60 +15,47 @@ __device__ __forceinline__ bool cuts_ties(const State& state) {
   return state.verdict == Verdict::kCut && state.wanted < state.inside;
 }
 
-struct Resolved {
-  unsigned above;
-  unsigned tied;
-};
-
-// Of a group's undecided elements those above the final bracket, and those inside.
+// The lane's words of the undecided elements of a tile: those above the final bracket, and those inside, which are
+// tied.
 template <typename Key, Rank rank>
-__device__ __forceinline__ Resolved resolve(const Selection& selection, const Walk& walk, const State& state,
-                                            int group) {
-  const unsigned undecided = selection.undecided[walk.chunk() * kChunkGroups + group];
-  Resolved result = {0, 0};
-  if (undecided == 0) return result;
-  with_format<Key>(ranked_type(selection, walk.row()), [&](auto format) {
+__device__ __forceinline__ Split resolve(const Selection& selection, const Chunk& chunk, const State& state, int i,
+                                         const Tile& tile) {
+  const uint32_t undecided = chunk.word(selection.undecided, i);
+  Split found;
+  if (!__any_sync(kWholeWarp, undecided != 0)) return found;
+  with_format<Key>(ranked_type(selection, chunk.row()), [&](auto format) {
     using Format = decltype(format);
-    using Bits = typename Format::Bits;
-    const auto* numbers = static_cast<const Bits*>(ranked(selection, walk.row())) + walk.first_element();
-    const auto values = load_group(numbers + group * kGroup, walk.elements() - group * kGroup, is_aligned(numbers));
-    const Key low = static_cast<Key>(state.low), span = static_cast<Key>(state.span);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const Key key = key_of<Format, rank, Key>(values.bits[i], selection.unit);
-      const unsigned bit = undecided & 1U << i;
-      if (key >= low) (static_cast<Key>(key - low) > span ? result.above : result.tied) |= bit;
-    }
+    const auto* numbers = static_cast<const typename Format::Bits*>(ranked(selection, chunk.row()));
+    found = split<Format, rank>(numbers + tile.first, tile, undecided, Bracket<Key>(state), selection.unit);
   });
-  return result;
+  return {word_of(found.above), word_of(found.inside)};
 }
 
 // tied[chunk] = how many elements in front of the chunk, in its segment, are at the threshold; where ties are cut.
 template <typename Key, Rank rank>
-__global__ void __launch_bounds__(SelectTraits::kThreads) tie_kernel(Selection selection) {
+__global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>) tie_kernel(Selection selection) {
   ApplyMemory& shared = shared_memory<ApplyMemory>();
-  Walk walk(selection.table, selection.each);
-  while (walk.any()) {
-    const int64_t index = walk.segment();
-    Segment& segment = selection.segments[index];
+  const Chunks mine(selection.table);
+  for (int64_t first = mine.first, end; first < mine.end; first = end) {
+    Segment& segment = selection.segments[segment_of(selection, first)];
     const State state = segment.state;
-    const bool works = cuts_ties(state);
-    int64_t chunks = 0;
-    for (; walk.any() && walk.segment() == index; walk.next(), ++chunks) {
-      if (!works) continue;
-      const int elements = walk.elements();
+    const int64_t behind = state.first_chunk + state.chunks;
+    end = behind < mine.end ? behind : mine.end;
+    if (!cuts_ties(state)) continue;
+    for (int64_t index = first; index < end; ++index) {
+      const Chunk chunk(selection.table, index);
       int64_t count = 0, total = 0;
-      for (int group = threadIdx.x; group * kGroup < elements; group += SelectTraits::kThreads) {
-        count += __popc(resolve<Key, rank>(selection, walk, state, group).tied);
-      }
+      for_each_tile(chunk, [&](int i, const Tile& tile) {
+        count += __popc(resolve<Key, rank>(selection, chunk, state, i, tile).inside);
+      });
       sum_before(count, shared.room, total);
-      if (threadIdx.x == 0) selection.tied[walk.chunk()] = total;
+      if (threadIdx.x == 0) selection.tied[index] = total;
     }
-    if (!works || !arrives_last(segment, chunks, state.chunks, &shared.flag)) continue;
+    if (!arrives_last(segment, end - first, state.chunks, &shared.flag)) continue;
     if (threadIdx.x == 0) clear_arrivals(segment);
     int64_t before = 0;
-    for (int64_t first = 0; first < state.chunks; first += SelectTraits::kThreads) {
-      const int64_t i = first + threadIdx.x;
+    for (int64_t start = 0; start < state.chunks; start += SelectTraits::kThreads) {
+      const int64_t i = start + threadIdx.x;
       int64_t* tied = selection.tied + state.first_chunk + i;
       int64_t total = 0;
       const int64_t sum = sum_before(i < state.chunks ? __ldcg(tied) : 0, shared.room, total);
@@ -82,80 +69,87 @@ __global__ void __launch_bounds__(SelectTraits::kThreads) tie_kernel(Selection s
 enum class Effect : int32_t {
   kKeep,     // written beside the masks, which still tell what was active
   kMask,     // written to masks that hold nothing
-  kWeights,  // written to the masks, with those that are kept anyway; +0.0 in weights and momenta that go
+  kWeights,  // written to the masks, with those that are kept anyway; +0.0 in weights and momenta whose bit changes
 };
 
-// +0.0 where a bit is set; `numbers` begin with the group.
+// Its first bits, `count` of them at most.
+__device__ __forceinline__ uint32_t first_bits(uint32_t word, int64_t count) {
+  uint32_t result = 0;
+  for (; word != 0 && count > 0; --count, word &= word - 1) result |= word & -word;
+  return result;
+}
+
+// +0.0 where a bit is set, `numbers` being those of the word.
 template <typename Bits>
-__device__ __forceinline__ void zero_where(Bits* numbers, unsigned where) {
+__device__ __forceinline__ void zero_where(Bits* numbers, uint32_t where) {
+  for (; where != 0; where &= where - 1) numbers[__ffs(static_cast<int>(where)) - 1] = 0;
+}
+
+__device__ __forceinline__ void zero_changed(const SelectRow& row, const Tile& tile, uint32_t changed) {
+  if (changed == 0) return;
+  const int64_t first = tile.first + lane() * kWordWeights;
+  with_bits(row.types,
+            [&](auto bits) { zero_where(in_global(static_cast<decltype(bits)*>(row.numbers)) + first, changed); });
+  if (row.momentum == nullptr) return;
+  with_bits(row.types >> 8,
+            [&](auto bits) { zero_where(in_global(static_cast<decltype(bits)*>(row.momentum)) + first, changed); });
+}
+
+// The lane's word of the tile's mask, padding included.
+__device__ __forceinline__ void store_word_of(uint8_t* mask, const Tile& tile, uint32_t word) {
+  if (4 * lane() >= packed_bytes(tile.left)) return;
+  uint8_t* bytes = mask + tile.first / kWeightsPerByte + 4 * lane();
+  if (reinterpret_cast<uintptr_t>(bytes) % 4 == 0) {
+    *reinterpret_cast<uint32_t*>(bytes) = word;
+  } else {
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    if ((where >> i & 1) != 0) numbers[i] = 0;
+    for (int i = 0; i < 4; ++i) bytes[i] = static_cast<uint8_t>(word >> (8 * i));
   }
 }
 
-// A group of weights of which those that are not active have been zeroed by the first pass; of momenta nothing is
-// known.
-__device__ __forceinline__ void drop(const Walk& walk, int group, unsigned was, unsigned now, int left) {
-  const SelectRow& row = walk.row();
-  const int64_t first = walk.first_element() + group * kGroup;
-  if (const unsigned lost = was & ~now; lost != 0) {
-    with_bits(row.types,
-              [&](auto bits) { zero_where(in_global(static_cast<decltype(bits)*>(row.numbers)) + first, lost); });
+__device__ __forceinline__ void apply_word(const Selection& selection, const Chunk& chunk, int i, const Tile& tile,
+                                           uint32_t word, Effect effect) {
+  if (effect == Effect::kKeep) {
+    chunk.word(selection.kept, i) = word;
+    return;
   }
-  const unsigned goes = bits_inside(left) & ~(was & now);
-  if (row.momentum == nullptr || goes == 0) return;
-  with_bits(row.types >> 8, [&](auto bits) {
-    using Bits = decltype(bits);
-    Bits* momentum = in_global(static_cast<Bits*>(row.momentum)) + first;
-    const Group<Bits> old = load_group(static_cast<const Bits*>(momentum), left, is_aligned(momentum));
-    unsigned nonzero = 0;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) nonzero |= old.bits[i] != 0 ? 1U << i : 0U;
-    zero_where(momentum, goes & nonzero);
-  });
+  if (selection.among == Among::kInactive) word |= chunk.word(selection.kept, i) & word_inside(tile);
+  uint8_t* mask = in_global(chunk.row().mask);
+  if (effect == Effect::kWeights) {
+    zero_changed(chunk.row(), tile, (load_word_of(mask, tile) ^ word) & word_inside(tile));
+  }
+  store_word_of(mask, tile, word);
 }
 
 template <typename Key, Rank rank>
-__global__ void __launch_bounds__(SelectTraits::kThreads) apply_kernel(Selection selection, Effect effect) {
+__global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>)
+    apply_kernel(Selection selection, Effect effect) {
   ApplyMemory& shared = shared_memory<ApplyMemory>();
-  for (Walk walk(selection.table, selection.each); walk.any(); walk.next()) {
-    const State& state = selection.segments[walk.segment()].state;
+  const Chunks mine(selection.table);
+  for (int64_t index = mine.first; index < mine.end; ++index) {
+    const Chunk chunk(selection.table, index);
+    const State& state = selection.segments[segment_of(selection, index)].state;
     const Verdict verdict = state.verdict;
     const bool cuts = cuts_ties(state);
-    int64_t quota = cuts ? state.wanted - selection.tied[walk.chunk()] : 0;  // of tied elements, from here on
-    const int elements = walk.elements();
-    const auto bytes = static_cast<int>(packed_bytes(elements));  // of the mask; padding only at the end of the tensor
-    const int64_t place = walk.chunk() * kChunkGroups;
-    for (int turn = 0; turn < bytes; turn += SelectTraits::kThreads) {
-      const int group = turn + static_cast<int>(threadIdx.x);
-      const int left = elements - group * kGroup;
-      unsigned chosen = 0;
-      unsigned tied = 0;
-      if (left > 0 && verdict == Verdict::kEverything) chosen = participants(selection, walk)(group, left);
-      if (left > 0 && verdict == Verdict::kCut) {
-        const Resolved resolved = resolve<Key, rank>(selection, walk, state, group);
-        chosen = selection.chosen[place + group] | resolved.above;
-        tied = resolved.tied;
+    int64_t quota = cuts ? state.wanted - selection.tied[index] : 0;  // of tied elements, from here on
+#pragma unroll 1
+    for (int round = 0; round < kChunkTiles; round += kWarps) {
+      const int i = round + static_cast<int>(threadIdx.x) / kWarpSize;
+      const Tile tile = chunk.tile(i);
+      uint32_t chosen = 0, tied = 0;
+      if (tile.left > 0 && verdict == Verdict::kEverything) chosen = word_of_participants(selection, chunk, i, tile);
+      if (tile.left > 0 && verdict == Verdict::kCut) {
+        const Split resolved = resolve<Key, rank>(selection, chunk, state, i, tile);
+        chosen = chunk.word(selection.chosen, i) | resolved.above;
+        tied = resolved.inside;
       }
       if (cuts) {
         int64_t total = 0;
-        int64_t keeps = quota - sum_before(int64_t{__popc(tied)}, shared.room, total);
+        const int64_t keeps = quota - sum_before(int64_t{__popc(tied)}, shared.room, total);
         quota -= total;
-        unsigned stay = 0;
-        for (; tied != 0 && keeps > 0; --keeps, tied &= tied - 1) stay |= tied & -tied;
-        tied = stay;
+        tied = first_bits(tied, keeps);
       }
-      chosen |= tied;
-      if (group >= bytes) continue;
-      if (effect == Effect::kKeep) {
-        selection.kept[place + group] = static_cast<uint8_t>(chosen);
-        continue;
-      }
-      if (selection.among == Among::kInactive && left > 0) chosen |= selection.kept[place + group];
-      uint8_t* mask = in_global(walk.row().mask) + walk.first_element() / kGroup + group;
-      if (effect == Effect::kWeights && left > 0) drop(walk, group, *mask, chosen, left);
-      *mask = static_cast<uint8_t>(chosen);
+      if (tile.left > 0) apply_word(selection, chunk, i, tile, chosen | tied, effect);
     }
   }
 }

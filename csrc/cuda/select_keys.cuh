@@ -41,20 +41,15 @@ struct alignas(16) Group {
   Bits bits[kGroup];
 };
 
-// Elements of the group, of those `left` that the tensor has from it on; zero behind.
+// At an address that is a multiple of 16.
 template <typename Bits>
-__device__ __forceinline__ Group<Bits> load_group(const Bits* elements, int left, bool is_aligned) {
+__device__ __forceinline__ Group<Bits> load_group(const Bits* elements) {
   Group<Bits> group;
-  if (is_aligned && left >= kGroup) {
-    constexpr int kWords = sizeof group / sizeof(uint4);
-    uint4 words[kWords];
+  constexpr int kWords = sizeof group / sizeof(uint4);
+  uint4 words[kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(elements)[i];
-    __builtin_memcpy(&group, words, sizeof group);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) group.bits[i] = i < left ? elements[i] : Bits{0};
-  }
+  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(elements)[i];
+  __builtin_memcpy(&group, words, sizeof group);
   return group;
 }
 

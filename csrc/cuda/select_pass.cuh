@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/select_choose.cuh"
+#include "cuda/select_split.cuh"
 
 namespace granet::cuda {
 
@@ -39,111 +40,102 @@ class Tally {
   unsigned run_ = 0;
 };
 
-// What a thread has counted above the bracket. While `cleans`, elements that take no part become +0.0.
+// What a thread has counted above the bracket in its tiles of a chunk; those that an earlier pass has counted are not
+// counted again.
 template <typename Key, Rank rank, typename Format>
-__device__ __forceinline__ int pass_over_chunk(const Selection& selection, const Walk& walk, const State& state,
-                                               bool cleans, unsigned* counts) {
+__device__ __forceinline__ int pass_over_chunk(const Selection& selection, const Chunk& chunk, const State& state,
+                                               unsigned* counts) {
   using Bits = typename Format::Bits;
-  const auto* numbers = static_cast<const Bits*>(ranked(selection, walk.row())) + walk.first_element();
-  const bool wide = is_aligned(numbers);
-  const int elements = walk.elements();
+  const auto* numbers = static_cast<const Bits*>(ranked(selection, chunk.row()));
   const bool narrows = state.verdict == Verdict::kNarrow;
-  const bool decides = state.verdict != Verdict::kCount;
-  const Key low = static_cast<Key>(state.low), span = static_cast<Key>(state.span);
-  const int shift = state.shift, unit = selection.unit;
-  uint8_t* chosen_bits = selection.chosen + walk.chunk() * kChunkGroups;
-  uint8_t* undecided_bits = selection.undecided + walk.chunk() * kChunkGroups;
-  const Participants part_of = narrows ? Participants{undecided_bits, 0} : participants(selection, walk);
-  int above = 0;
+  const Bracket<Key> bracket(state);
+  int count = 0;
   Tally tally(counts);
-  for (int group = threadIdx.x; group * kGroup < elements; group += SelectTraits::kThreads) {
-    const int left = elements - group * kGroup;
-    const unsigned part = part_of(group, left);
-    unsigned chosen = 0, undecided = 0;
-    if (part != 0 || cleans) {
-      const Group<Bits> values = load_group(numbers + group * kGroup, left, wide);
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const unsigned bit = 1U << i;
-        if ((part & bit) != 0) {
-          const Key key = key_of<Format, rank, Key>(values.bits[i], unit);
-          const Key offset = key - low;
-          if (key >= low && offset > span) chosen |= bit;
-          if (key >= low && offset <= span) {
-            undecided |= bit;
-            tally.add(static_cast<unsigned>(offset >> shift));
-          }
-        } else if (cleans && values.bits[i] != 0) {  // zero behind the end
-          const_cast<Bits*>(numbers)[group * kGroup + i] = 0;
-        }
+  for_each_tile(chunk, [&](int i, const Tile& tile) {
+    const uint32_t part =
+        narrows ? chunk.word(selection.undecided, i) : word_of_participants(selection, chunk, i, tile);
+    Split found;
+    if (__any_sync(kWholeWarp, part != 0)) {
+      const Bits* elements = numbers + tile.first;
+      found = split<Format, rank>(elements, tile, part, bracket, selection.unit);
+      // Few are inside, and are still in the nearest cache: kept in registers they would leave no room for loads.
+      for (uint32_t left = found.inside; left != 0; left &= left - 1) {
+        const Bits number = elements[element_of(__ffs(static_cast<int>(left)) - 1)];
+        const Key key = key_of<Format, rank, Key>(number, selection.unit);
+        tally.add(static_cast<unsigned>(static_cast<Key>(key - bracket.low) >> state.shift));
       }
+      found = {word_of(found.above), word_of(found.inside)};
     }
-    if (narrows) {
-      if (chosen != 0) chosen_bits[group] |= static_cast<uint8_t>(chosen);
-      if (undecided != part) undecided_bits[group] = static_cast<uint8_t>(undecided);
-    } else if (decides) {
-      chosen_bits[group] = static_cast<uint8_t>(chosen);
-      undecided_bits[group] = static_cast<uint8_t>(undecided);
-      above += __popc(chosen);
+    if (!narrows) count += __popc(found.above);
+    if (narrows && part != 0) {
+      chunk.word(selection.chosen, i) |= found.above;
+      chunk.word(selection.undecided, i) = found.inside;
+    } else if (!narrows && state.verdict != Verdict::kCount) {
+      chunk.word(selection.chosen, i) = found.above;
+      chunk.word(selection.undecided, i) = found.inside;
     }
-  }
-  return above;
+  });
+  return count;
 }
 
-// What a thread has looked at: one place in each `kSampleEvery`, not at equal distances, as weights repeat themselves.
-template <typename Key, Rank rank, typename Format>
-__device__ __forceinline__ int sample_chunk(const Selection& selection, const Walk& walk, const State& state,
-                                            unsigned* counts) {
-  using Bits = typename Format::Bits;
-  constexpr int kEvery = SelectTraits::kSampleEvery;
-  const auto* numbers = static_cast<const Bits*>(ranked(selection, walk.row())) + walk.first_element();
-  const int elements = walk.elements();
-  const Participants part_of = participants(selection, walk);
+// One place in so many elements of a segment is sampled; a power of two.
+__device__ __forceinline__ int sample_distance(int64_t elements) {
+  int64_t distance = SelectTraits::kDensest;
+  while (distance < SelectTraits::kSparsest && distance << SelectTraits::kSamplesLog2 < elements) distance *= 2;
+  return static_cast<int>(distance);
+}
+
+// What a thread has looked at in chunks [first, end): one place in each `distance`, not at equal distances, as weights
+// repeat themselves. The block takes the places of all chunks side by side: each waits for memory three times.
+template <typename Key, Rank rank>
+__device__ __forceinline__ int sample_chunks(const Selection& selection, int64_t first, int64_t end, const State& state,
+                                             unsigned* counts) {
+  const int distance = sample_distance(state.elements);
+  const auto in_chunk = static_cast<int64_t>(SelectTraits::kChunk / distance);
   int places = 0;
   Tally tally(counts);
-  for (int i = threadIdx.x; i * kEvery < elements; i += SelectTraits::kThreads) {
-    auto random = static_cast<uint32_t>(walk.chunk() * (SelectTraits::kChunk / kEvery) + i) * 0x9e37'79b1U;
+  for (int64_t i = first * in_chunk + threadIdx.x; i < end * in_chunk; i += SelectTraits::kThreads) {
+    const Chunk chunk(selection.table, i / in_chunk);
+    uint32_t random = static_cast<uint32_t>(i) * 0x9e37'79b1U;
     random = (random ^ random >> 15) * 0x85eb'ca6bU;
-    const int element = i * kEvery + static_cast<int>((random >> 16) % kEvery);
-    if (element >= elements) continue;
+    const int element = static_cast<int>(i % in_chunk) * distance + static_cast<int>((random >> 16) % distance);
+    if (element >= chunk.elements()) continue;
     ++places;
-    const int group = element / kGroup;
-    if ((part_of(group, elements - group * kGroup) >> element % kGroup & 1) == 0) continue;
-    const Key key = key_of<Format, rank, Key>(numbers[element], selection.unit);
-    tally.add(static_cast<unsigned>(key >> state.shift));
+    with_format<Key>(ranked_type(selection, chunk.row()), [&](auto format) {
+      using Format = decltype(format);
+      const auto* numbers = static_cast<const typename Format::Bits*>(ranked(selection, chunk.row()));
+      const auto number = __ldg(numbers + chunk.first_element() + element);  // asked for together with its bit
+      if (!takes_part(selection, chunk, element)) return;
+      tally.add(static_cast<unsigned>(key_of<Format, rank, Key>(number, selection.unit) >> state.shift));
+    });
   }
   return places;
 }
 
-// Chunks of one segment after another: count(state) in each chunk, add up, and choose(...) by the block that is last.
+// For each segment of which the block has chunks [first, end): count(state, first, end, counters), add up, and
+// choose(...) by the block that is last.
 template <typename Wanted, typename Count, typename Choose>
 __device__ __forceinline__ void for_each_segment(const Selection& selection, const Wanted& is_wanted,
                                                  const Count& count, const Choose& choose) {
   PassMemory& shared = shared_memory<PassMemory>();
-  Walk walk(selection.table, selection.each);
-  while (walk.any()) {
-    const int64_t index = walk.segment();
+  const Chunks mine(selection.table);
+  for (int64_t first = mine.first, end; first < mine.end; first = end) {
+    const int64_t index = segment_of(selection, first);
     Segment& segment = selection.segments[index];
     if (threadIdx.x == 0) shared.state = segment.state;
     __syncthreads();
     const State& state = shared.state;
-    const bool works = is_wanted(state);
-    if (works) {
-      for (int bin = threadIdx.x; bin < SelectTraits::kBins; bin += SelectTraits::kThreads) shared.counts[bin] = 0;
-      __syncthreads();
-    }
-    int64_t chunks = 0;
-    int64_t counted = 0;
-    for (; walk.any() && walk.segment() == index; walk.next(), ++chunks) {
-      if (works) counted += count(walk, state, shared.counts);
-    }
-    if (!works) {
+    const int64_t behind = state.first_chunk + state.chunks;
+    end = behind < mine.end ? behind : mine.end;
+    if (!is_wanted(state)) {
       __syncthreads();  // all have read the state
       continue;
     }
+    for (int bin = threadIdx.x; bin < SelectTraits::kBins; bin += SelectTraits::kThreads) shared.counts[bin] = 0;
+    __syncthreads();
     int64_t of_block = 0;
-    sum_before(counted, shared.room, of_block);  // and the counters are complete
-    if (chunks == state.chunks) {
+    sum_before(int64_t{count(state, first, end, shared.counts)}, shared.room, of_block);  // and counters are complete
+    if (end - first == state.chunks) {
       choose(segment.state, state, of_block, LocalCounts{shared.counts}, shared);
     } else {
       unsigned long long* bins = selection.histograms + index * SelectTraits::kBins;
@@ -151,7 +143,7 @@ __device__ __forceinline__ void for_each_segment(const Selection& selection, con
         if (shared.counts[bin] != 0) atomicAdd(&bins[bin], static_cast<unsigned long long>(shared.counts[bin]));
       }
       if (threadIdx.x == 0 && of_block != 0) atomicAdd(&segment.above, static_cast<unsigned long long>(of_block));
-      if (arrives_last(segment, chunks, state.chunks, &shared.flag)) {
+      if (arrives_last(segment, end - first, state.chunks, &shared.flag)) {
         const auto above = static_cast<int64_t>(__ldcg(&segment.above));
         choose(segment.state, state, above, GlobalCounts{bins}, shared);
         __syncthreads();  // all have read
@@ -164,34 +156,30 @@ __device__ __forceinline__ void for_each_segment(const Selection& selection, con
 }
 
 template <typename Key, Rank rank>
-__global__ void __launch_bounds__(SelectTraits::kThreads, SelectTraits::kResident) sample_kernel(Selection selection) {
+__global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>) sample_kernel(Selection selection) {
   for_each_segment(
       selection,
       [&](const State& state) { return state.verdict == Verdict::kCount && state.elements >= selection.sample_from; },
-      [&](const Walk& walk, const State& state, unsigned* counts) {
-        int places = 0;
-        with_format<Key>(ranked_type(selection, walk.row()), [&](auto format) {
-          places = sample_chunk<Key, rank, decltype(format)>(selection, walk, state, counts);
-        });
-        return places;
+      [&](const State& state, int64_t first, int64_t end, unsigned* counts) {
+        return sample_chunks<Key, rank>(selection, first, end, state, counts);
       },
       [&](State& result, const State& state, int64_t places, const auto& counts, PassMemory& shared) {
         guess(result, state, places, counts, shared.room, shared.bracket);
       });
 }
 
-// `is_first`: of the call. Then elements that take no part are set to zero, if they are weights.
 template <typename Key, Rank rank>
-__global__ void __launch_bounds__(SelectTraits::kThreads, SelectTraits::kResident)
-    pass_kernel(Selection selection, bool is_first) {
-  const bool cleans = is_first && selection.among == Among::kActive;
+__global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>) pass_kernel(Selection selection) {
   for_each_segment(
       selection, [&](const State& state) { return state.verdict < Verdict::kCut; },
-      [&](const Walk& walk, const State& state, unsigned* counts) {
+      [&](const State& state, int64_t first, int64_t end, unsigned* counts) {
         int above = 0;
-        with_format<Key>(ranked_type(selection, walk.row()), [&](auto format) {
-          above = pass_over_chunk<Key, rank, decltype(format)>(selection, walk, state, cleans, counts);
-        });
+        for (int64_t i = first; i < end; ++i) {
+          const Chunk chunk(selection.table, i);
+          with_format<Key>(ranked_type(selection, chunk.row()), [&](auto format) {
+            above += pass_over_chunk<Key, rank, decltype(format)>(selection, chunk, state, counts);
+          });
+        }
         return above;
       },
       [&](State& result, const State& state, int64_t above, const auto& counts, PassMemory& shared) {

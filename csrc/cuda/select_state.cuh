@@ -13,17 +13,28 @@
 
 namespace granet::cuda {
 
-// The tuning, all in one place. None of it has been measured on a card yet; the reasons are arithmetic.
+// The tuning, all in one place.
 struct SelectTraits {
-  static constexpr int kThreads = 256;  // sixteen bins for each at the choice
-  static constexpr int64_t kChunk =
-      kSelectChunk;                      // four groups a thread; ResNet-50 has three chunks for each of 528 blocks
-  static constexpr int kResident = 4;    // blocks on a multiprocessor: registers are what bounds them
+  static constexpr int kThreads = 256;             // sixteen bins for each at the choice
+  static constexpr int64_t kChunk = kSelectChunk;  // two tiles a warp; ResNet-50 has four chunks for each of 396 blocks
+  static constexpr int kResident = 3;              // blocks on a multiprocessor: registers are what bounds them,
+  static constexpr int kResidentFp64 = 2;          // the more so where keys have 64 bits
   static constexpr int kDigitBits = 12;  // exponents of weights vary little: 12 bits tell some 80 bins apart, 8 bits 5
   static constexpr int kBins = 1 << kDigitBits;
-  static constexpr int64_t kSampleEvery = 256;  // of 25.5 million 100 000: the bracket holds some 1.5 %
+  // Bytes that a lane has asked for before it looks at the first: all fp32 numbers of its tile.
+  static constexpr int kAtOnceBytes = 128;
+  // One place in so many elements is sampled: of a segment some 16 000, and of 25.5 million 100 000, which leaves about
+  // 1.5 % in the bracket. Fewer places widen it, more cost a sector of memory each.
+  static constexpr int kSamplesLog2 = 14;
+  static constexpr int64_t kDensest = 16;
+  static constexpr int64_t kSparsest = 256;
 };
+
+template <typename Key>
+constexpr int kResident = sizeof(Key) == 8 ? SelectTraits::kResidentFp64 : SelectTraits::kResident;
 constexpr int kChunkGroups = SelectTraits::kChunk / kGroup;
+constexpr int kChunkTiles = SelectTraits::kChunk / kTile;
+constexpr int kWarps = SelectTraits::kThreads / kWarpSize;
 
 enum class Verdict : int32_t {
   kCount,       // nothing is known; count over all keys
@@ -81,67 +92,87 @@ __device__ __forceinline__ int64_t ranked_type(const Selection& selection, const
   return selection.by_gain ? row.types >> 16 : row.types;
 }
 
-// The block's chunks, a contiguous range of equal length for all, one after another.
-class Walk {
+// A chunk, and the row it belongs to.
+class Chunk {
  public:
-  __device__ Walk(const Table& table, bool each)
-      : table_(table),
-        each_(each),
-        chunk_(table.chunks * blockIdx.x / gridDim.x),
-        end_(table.chunks * (blockIdx.x + 1) / gridDim.x) {
-    find_row();
-  }
+  __device__ Chunk(const Table& table, int64_t index)
+      : row_(reinterpret_cast<const SelectRow*>(table.rows)[table.owners[index]]), index_(index) {}
 
-  __device__ bool any() const { return chunk_ < end_; }
-  __device__ int64_t chunk() const { return chunk_; }
-  __device__ const SelectRow& row() const { return reinterpret_cast<const SelectRow*>(table_.rows)[row_]; }
-  __device__ int64_t segment() const { return each_ ? row_ : 0; }
-  __device__ int64_t first_element() const { return (chunk_ - row().first_chunk) * SelectTraits::kChunk; }
+  __device__ const SelectRow& row() const { return row_; }
+  __device__ int64_t index() const { return index_; }
+  __device__ int64_t first_element() const { return (index_ - row_.first_chunk) * SelectTraits::kChunk; }
   __device__ int elements() const {
-    const int64_t left = row().numel - first_element();
+    const int64_t left = row_.numel - first_element();
     return static_cast<int>(left < SelectTraits::kChunk ? left : SelectTraits::kChunk);
   }
 
-  __device__ void next() {
-    ++chunk_;
-    find_row();
+  // One of its kChunkTiles tiles.
+  __device__ Tile tile(int i) const {
+    const int64_t first = first_element() + static_cast<int64_t>(i) * kTile;
+    return {first, row_.numel - first};
+  }
+
+  // The lane's word of that tile in bits that have a place for every chunk.
+  __device__ uint32_t& word(uint8_t* bits, int i) const {
+    return *reinterpret_cast<uint32_t*>(bits + index_ * kChunkGroups + i * (kTile / kGroup) + 4 * lane());
   }
 
  private:
-  __device__ void find_row() {
-    if (any()) row_ = table_.owners[chunk_];
-  }
-
-  const Table& table_;
-  bool each_;
-  int64_t chunk_;
-  int64_t end_;
-  int64_t row_ = 0;
+  const SelectRow& row_;
+  int64_t index_;
 };
 
-// Bits of a group that are elements of the tensor, which has so many from the group on.
-__device__ __forceinline__ unsigned bits_inside(int left) { return left >= kGroup ? 0xffU : (1U << left) - 1; }
+// The block's share of all chunks: a contiguous range, as long as every other block's.
+struct Chunks {
+  int64_t first;
+  int64_t end;
 
-// Which elements of a chunk take part: those with a bit, or those without.
-struct Participants {
-  const uint8_t* bits;  // null: none is set
-  unsigned flip;
-
-  __device__ unsigned operator()(int group, int left) const {
-    return ((bits == nullptr ? 0U : in_global(bits)[group]) ^ flip) & bits_inside(left);
-  }
+  __device__ explicit Chunks(const Table& table)
+      : first(table.chunks * blockIdx.x / gridDim.x), end(table.chunks * (blockIdx.x + 1) / gridDim.x) {}
 };
 
-__device__ __forceinline__ Participants participants(const Selection& selection, const Walk& walk) {
-  if (selection.among == Among::kActive) return {walk.row().mask + walk.first_element() / kGroup, 0};
-  if (selection.among == Among::kInactive) return {selection.kept + walk.chunk() * kChunkGroups, 0xff};
-  return {nullptr, 0xff};
+__device__ __forceinline__ int64_t segment_of(const Selection& selection, int64_t chunk) {
+  return selection.each ? selection.table.owners[chunk] : 0;
+}
+
+// The warp's tiles of a chunk in turn, visit(i, tile): so that the warps of a block take consecutive ones side by side.
+template <typename Visit>
+__device__ __forceinline__ void for_each_tile(const Chunk& chunk, const Visit& visit) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < kChunkTiles; i += kWarps) {
+    const Tile tile = chunk.tile(i);
+    if (tile.left <= 0) break;
+    visit(i, tile);
+  }
+}
+
+// Bits of the lane's word that are elements of the tensor.
+__device__ __forceinline__ uint32_t word_inside(const Tile& tile) {
+  const int64_t left = tile.left - lane() * kWordWeights;
+  return left >= kWordWeights ? 0xffff'ffffU : left <= 0 ? 0 : (1U << left) - 1;
+}
+
+// The lane's word of the elements that take part: those with a bit, or those without.
+__device__ __forceinline__ uint32_t word_of_participants(const Selection& selection, const Chunk& chunk, int i,
+                                                         const Tile& tile) {
+  uint32_t word = 0xffff'ffffU;
+  if (selection.among == Among::kActive) word = load_word_of(in_global(chunk.row().mask), tile);
+  if (selection.among == Among::kInactive) word = ~chunk.word(selection.kept, i);
+  return word & word_inside(tile);
+}
+
+// Likewise, for one element of the chunk.
+__device__ __forceinline__ bool takes_part(const Selection& selection, const Chunk& chunk, int element) {
+  if (selection.among == Among::kAll) return true;
+  const bool by_mask = selection.among == Among::kActive;
+  const uint8_t* bits =
+      by_mask ? chunk.row().mask + chunk.first_element() / kGroup : selection.kept + chunk.index() * kChunkGroups;
+  return ((in_global(bits)[element / kGroup] >> element % kGroup & 1) != 0) == by_mask;
 }
 
 // Exclusive sums of the block's values in the order of threads, and their total; `room` holds a number for each warp.
 template <typename Number>
 __device__ __forceinline__ Number sum_before(Number value, Number* room, Number& total) {
-  constexpr int kWarps = SelectTraits::kThreads / kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   Number sum = value;
 #pragma unroll

@@ -26,7 +26,8 @@ def prune_(
     """Keep the ``k`` active weights of largest magnitude; zero the others and their momentum.
 
     Exactly ``k`` stay; where fewer are active, all of them do. Equal magnitudes: the lower (tensor,
-    element) index stays. NaN ranks as the largest magnitude.
+    element) index stays. NaN ranks as the largest magnitude. Weights that were inactive before are
+    not touched: they are +0.0 (:func:`zero_inactive_` makes them so).
 
     Args:
         weights: fp32, bf16, fp16 or fp64, dense in memory, all on one device.
@@ -57,8 +58,8 @@ def drop_regrow_(
 
     Drops ``ceil(drop_fraction * active)`` weights of smallest magnitude and regrows as many by the
     largest ``|score|`` among all that are then inactive, the just-dropped included: those keep
-    value and momentum, the others start from zero. Ties and NaN weights as in :func:`prune_`; NaN
-    scores rank last.
+    value and momentum, the others start from +0.0, whatever was in their place. Weights that stay
+    inactive are not touched. Ties and NaN weights as in :func:`prune_`; NaN scores rank last.
 
     Args:
         weights, masks, momenta: as in :func:`prune_`.

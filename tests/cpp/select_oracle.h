@@ -95,36 +95,34 @@ struct State {
   std::vector<Bools> active;
   std::vector<Tensor> momenta;  // or none
 
-  void zero_unless(size_t t, const Bools& keep) {
-    for (size_t i = 0; i < keep.size(); ++i) {
-      if (keep[i] != 0) continue;
+  void set_mask(size_t t, const Bools& now) {
+    for (size_t i = 0; i < now.size(); ++i) {
+      if (now[i] == active[t][i]) continue;
       weights[t].zero(i);
       if (!momenta.empty()) momenta[t].zero(i);
     }
+    active[t] = now;
   }
 };
 
 inline void prune(State& state, const std::vector<int64_t>& k) {
-  state.active = choose(state.weights, state.active, Rank::kMagnitude, k);
-  for (size_t t = 0; t < state.active.size(); ++t) state.zero_unless(t, state.active[t]);
+  const std::vector<Bools> kept = choose(state.weights, state.active, Rank::kMagnitude, k);
+  for (size_t t = 0; t < kept.size(); ++t) state.set_mask(t, kept[t]);
 }
 
 inline void drop_regrow(State& state, const std::vector<Tensor>& scores, double fraction) {
   const double p = fraction > 0 ? std::min(fraction, 1.0) : 0.0;
   for (size_t t = 0; t < state.weights.size(); ++t) {
-    const Bools before = state.active[t];
+    const Bools& before = state.active[t];
     const int64_t active = std::count(before.begin(), before.end(), 1);
     const auto dropped = static_cast<int64_t>(std::ceil(p * static_cast<double>(active)));
     const Bools kept = choose({state.weights[t]}, {before}, Rank::kMagnitude, active - dropped)[0];
     Bools inactive(kept.size());
     for (size_t i = 0; i < kept.size(); ++i) inactive[i] = kept[i] == 0;
     const Bools regrown = choose({scores[t]}, {inactive}, Rank::kGain, dropped)[0];
-    Bools stays(kept.size());
-    for (size_t i = 0; i < kept.size(); ++i) {
-      state.active[t][i] = kept[i] | regrown[i];
-      stays[i] = state.active[t][i] & before[i];
-    }
-    state.zero_unless(t, stays);
+    Bools now(kept.size());
+    for (size_t i = 0; i < kept.size(); ++i) now[i] = kept[i] | regrown[i];
+    state.set_mask(t, now);
   }
 }
 

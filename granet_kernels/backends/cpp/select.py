@@ -14,7 +14,7 @@ from granet_kernels.layout import aligned
 def prune_(
     weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor, momenta: Sequence[Tensor]
 ) -> None:
-    """Keep the ``k`` largest magnitudes among the active weights; zero the rest and their momentum.
+    """Keep the ``k`` largest magnitudes among the active weights; zero the others and their momentum.
 
     ``k``: int64 on the CPU, ``(1,)`` for all tensors together or ``(len(weights),)``, one for each.
     """

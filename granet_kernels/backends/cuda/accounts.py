@@ -1,8 +1,9 @@
 """Bytes that operators move in CUDA C++, from masks and sizes: what their time is divided by.
 
-Memory is moved by sectors of 32 bytes. Every pass is charged for the sectors that it reads and writes of
+Memory is moved by sectors of 32 bytes. Every launch is charged for the sectors that it reads and writes of
 numbers, masks and bits in between; tables, histograms and segments stay in a cache. How many elements
-the first bracket leaves undecided depends on their values: it is an argument. No ties are cut.
+the first bracket leaves undecided depends on their values: it is an argument. No ties are cut. A card
+may fetch more: an H100 reads sectors in pairs, and reads what it is to write a part of.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from granet_kernels.backends.cuda.select import SAMPLE_FROM
 
 SECTOR = 32
 GROUP = 8  # elements of a mask byte
-SAMPLE_EVERY = 256  # SelectTraits::kSampleEvery
 DIGIT_BITS = 12
+SAMPLES, DENSEST, SPARSEST = 1 << 14, 16, 256  # SelectTraits
 
 UNDECIDED = 0.015
 """Of all elements: what six sigma on both sides are for 100 000 places and a fifth of the elements chosen."""
@@ -52,10 +53,10 @@ def prune_bytes(
     each: bool = False,
     undecided: float = UNDECIDED,
 ) -> int:
-    """The ranking, in whose first pass all weights are read; then bits read, masks and what goes written."""
-    total = _ranking(weights, each=each, undecided=undecided)
+    """The active weights ranked; bits read, masks read and written, zeros where one changes."""
+    total = _ranking(weights, before, each=each, undecided=undecided)
     for i, (weight, was, now) in enumerate(zip(weights, before, after, strict=True)):
-        total += _dropped(weight, momenta[i : i + 1], was, now, now)
+        total += 4 * _bits(weight) + _changed([weight, *momenta[i : i + 1]], was ^ now)
     return total
 
 
@@ -72,12 +73,11 @@ def drop_regrow_bytes(
 
     Exact where nothing regrows that was just dropped.
     """
-    total = _ranking(weights, each=True, undecided=undecided)
-    total += _ranking(scores, each=True, undecided=undecided)
+    others = [~(was & now) for was, now in zip(before, after, strict=True)]
+    total = _ranking(weights, before, each=True, undecided=undecided)
+    total += _ranking(scores, others, each=True, undecided=undecided)
     for i, (weight, was, now) in enumerate(zip(weights, before, after, strict=True)):
-        bits = _bits(weight)
-        total += bits + 4 * bits  # counted; kept: bits in between read, written, and read again
-        total += _dropped(weight, momenta[i : i + 1], was, now, was & now)
+        total += (1 + 3 + 5) * _bits(weight) + _changed([weight, *momenta[i : i + 1]], was ^ now)
     return total
 
 
@@ -86,30 +86,48 @@ def topk_mask_bytes(
 ) -> int:
     """The ranking, which reads no masks; then bits read and masks written."""
     masks = sum(_bits(score) for score in scores)
-    return _ranking(scores, each=each, undecided=undecided, masked=False) + 3 * masks
+    return _ranking(scores, None, each=each, undecided=undecided) + 3 * masks
 
 
 def _ranking(
-    numbers: Sequence[Tensor], *, each: bool, undecided: float, masked: bool = True
+    numbers: Sequence[Tensor],
+    taking_part: Sequence[Tensor] | None,
+    *,
+    each: bool,
+    undecided: float,
 ) -> int:
-    """A sample, or a first digit, of a segment; all of it once; then what is undecided."""
+    """A sample, or a first digit, of a segment; all that take part once; then what is undecided.
+
+    ``taking_part``: packed masks, or None for all.
+    """
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in numbers))
     digits = math.ceil((8 * dtype.itemsize - 1) / DIGIT_BITS)
     together = sum(tensor.numel() for tensor in numbers)
     total = 0.0
-    for tensor in numbers:
-        bits, size = _bits(tensor), _sectors(tensor.nbytes)
-        mask = bits * masked
-        if (tensor.numel() if each else together) >= SAMPLE_FROM:
-            total += tensor.numel() // SAMPLE_EVERY * SECTOR + mask
+    for i, tensor in enumerate(numbers):
+        bits, segment = _bits(tensor), tensor.numel() if each else together
+        once = _sectors(tensor.nbytes)
+        if taking_part is not None:
+            once = bits + _moved(_groups(tensor, taking_part[i]), tensor.element_size())
+        if segment >= SAMPLE_FROM:
+            sectors = SECTOR * (1 if taking_part is None else 2)  # of the number, and of its bit
+            total += tensor.numel() // _distance(segment) * sectors
             narrow = 1
         else:
-            total += size + mask
+            total += once
             narrow = digits - 2
-        total += size + mask + 2 * bits
+        total += once + 2 * bits
         # A pass over what is undecided reads its bits, and reads and writes those that change.
         total += narrow * (_touched(tensor, undecided) + 4 * bits)
     return int(total)
+
+
+def _distance(segment: int) -> int:
+    """One of so many elements is sampled."""
+    distance = DENSEST
+    while distance < SPARSEST and distance * SAMPLES < segment:
+        distance *= 2
+    return distance
 
 
 def _touched(tensor: Tensor, share: float) -> float:
@@ -118,15 +136,9 @@ def _touched(tensor: Tensor, share: float) -> float:
     return _sectors(tensor.nbytes) * (1 - (1 - share) ** in_sector)
 
 
-def _dropped(
-    weight: Tensor, momenta: Sequence[Tensor], was: Tensor, now: Tensor, stays: Tensor
-) -> int:
-    """Bits in between and the mask read, the mask written, zeros where weights and momenta go."""
-    lost, whole = _groups(weight, was & ~now), _groups(weight, ~stays)
-    total = 4 * _bits(weight) + _moved(lost, weight.element_size())
-    for momentum in momenta:
-        total += _moved(whole, momentum.element_size()) + _moved(lost, momentum.element_size())
-    return total
+def _changed(tensors: Sequence[Tensor], changed: Tensor) -> int:
+    """The sectors that are written because a bit changes."""
+    return sum(_moved(_groups(tensor, changed), tensor.element_size()) for tensor in tensors)
 
 
 def _groups(tensor: Tensor, bits: Tensor) -> Tensor:

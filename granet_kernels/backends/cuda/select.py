@@ -13,13 +13,13 @@ from torch import Tensor
 from granet_kernels.backends.cuda.library import HOST_RUN
 from granet_kernels.layout import aligned
 
-SAMPLE_FROM = 1 << 14 if HOST_RUN else 1 << 22
+SAMPLE_FROM = 1 << 14 if HOST_RUN else 1 << 16
 """What is ranked together is sampled first, if it has so many elements: it saves most of a pass over
-them, and costs two launches. The tests, which run on the host, have nothing so large."""
+them. The tests, which run on the host, have little that is so large."""
 
 
 def prune_(weights: list[Tensor], masks: list[Tensor], k: Tensor, momenta: list[Tensor]) -> None:
-    """Keep the ``k`` largest magnitudes among the active weights; zero the rest and their momentum.
+    """Keep the ``k`` largest magnitudes among the active weights; zero the others and their momentum.
 
     ``k``: int64, ``(1,)`` for all tensors together or ``(len(weights),)``, one for each.
     """

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from granet_kernels.backends.reference.mask import pack_mask, unpack_mask, zero_inactive_
+from granet_kernels.backends.reference.mask import pack_mask, unpack_mask
 from granet_kernels.layout import aligned, storage_view
 
 
@@ -25,10 +25,21 @@ def largest(keys: Tensor, count: int) -> Tensor:
     return chosen
 
 
+def set_mask(mask: Tensor, active: Tensor, states: Sequence[Tensor]) -> None:
+    """Write the bits; whatever becomes active or inactive by that is +0.0 in ``states``.
+
+    All else stays as it is: an inactive weight and its momentum are +0.0 already.
+    """
+    changed = active ^ unpack_mask(mask, active.numel())
+    mask.copy_(pack_mask(active))
+    for state in states:
+        storage_view(state).masked_fill_(changed, 0.0)
+
+
 def prune_(
     weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor, momenta: Sequence[Tensor]
 ) -> None:
-    """Keep the ``k`` largest magnitudes among the active weights; zero the rest and their momentum.
+    """Keep the ``k`` largest magnitudes among the active weights; zero the others and their momentum.
 
     ``k`` holds one count for all tensors together or one for each. Fewer than ``k`` active weights
     all stay; pruning never activates one. A NaN weight ranks above every magnitude, so that a
@@ -43,11 +54,8 @@ def prune_(
         kept = [largest(key, count) for key, count in zip(keys, counts, strict=True)]
     else:
         kept = list(largest(torch.cat(keys), counts[0]).split([key.numel() for key in keys]))
-    for mask, keep, on in zip(masks, kept, was_active, strict=True):
-        mask.copy_(pack_mask(keep & on))
-    zero_inactive_(weights, masks)
-    if momenta:
-        zero_inactive_(momenta, masks)
+    for i, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+        set_mask(mask, kept[i] & was_active[i], [weight, *momenta[i : i + 1]])
 
 
 def drop_regrow_(
@@ -67,16 +75,13 @@ def drop_regrow_(
     p = float(drop_fraction)
     p = min(p, 1.0) if p > 0 else 0.0
     for i, (weight, mask, score) in enumerate(zip(weights, masks, scores, strict=True)):
-        states = [weight, *momenta[i : i + 1]]
-        zero_inactive_(states, [mask] * len(states))  # what regrows must start from zero
         was_active = unpack_mask(mask, weight.numel())
         active_count = int(was_active.sum())
         dropped = math.ceil(p * active_count)
         kept = was_active & largest(magnitude(weight, was_active), active_count - dropped)
         gain = aligned(score, like=weight).abs().nan_to_num(nan=-1.0, posinf=math.inf)
         regrown = largest(gain.masked_fill(kept, -2.0), dropped)
-        mask.copy_(pack_mask(kept | regrown))
-        zero_inactive_(states, [mask] * len(states))
+        set_mask(mask, kept | regrown, [weight, *momenta[i : i + 1]])
 
 
 def topk_mask(scores: Sequence[Tensor], k: Tensor) -> list[Tensor]:

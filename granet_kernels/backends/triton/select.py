@@ -7,7 +7,7 @@ and all sums are of integers: a call can be captured in a CUDA graph, and repeat
 
 The first launch and the second read all that takes part. With a first digit of 12 bits one to three of a
 hundred weights are then undecided, in a tenth to a fifth of the groups of eight, which the third reads, and
-the fourth next to nothing: that is two reads in all and a fifth, and as much of momenta as changes.
+the fourth next to nothing: that is two reads in all and a fifth, and as much of momenta as changes sides.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WEIGHTS, MASKS, MOMENTA = range(3)
 def prune_(
     weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor, momenta: Sequence[Tensor]
 ) -> None:
-    """Keep the ``k`` largest magnitudes among the active weights; zero the rest and their momentum."""
+    """Keep the ``k`` largest magnitudes among the active weights; zero the others and their momentum."""
     parts = _parts([weights, masks, *_if_any(momenta)], each=k.numel() == len(weights))
     state = _state(k.numel(), weights[0].device)
     zeroed = (WEIGHTS, MOMENTA) if momenta else (WEIGHTS,)
@@ -174,7 +174,7 @@ def _select(
         dropped: int64 (segments,); if given, p times those that take part are not chosen, where p is
             ``wanted``, fp64, and this is filled with how many that are.
         into_kept: write the bits beside the masks.
-        zeroed: lists that are to be +0.0 where the bit is not set, or was not.
+        zeroed: lists that are to be +0.0 where a bit changes.
     """
     compared_in = functools.reduce(torch.promote_types, (part.dtypes[numbers] for part in parts))
     passes = digits(key_bits(order, compared_in))

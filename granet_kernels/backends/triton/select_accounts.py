@@ -23,10 +23,7 @@ from granet_kernels.layout import aligned, packed_length, storage_view
 def prune_bytes(
     weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor, momenta: Sequence[Tensor]
 ) -> int:
-    """The active weights twice, and the undecided ones in each further pass; what is zeroed.
-
-    The second pass also reads weights and momenta of all groups that do not stay whole.
-    """
+    """The active weights twice, and the undecided ones in each further pass; what is zeroed."""
     active = _unpacked(weights, masks)
     ranked = _ranked("magnitude", weights, active, k.tolist())
     total = 0
@@ -140,7 +137,7 @@ def _moved(
     Args:
         ranked, numbers, among: see :func:`_ranked`.
         old: the bits that are written over; None if nobody has written them.
-        zeroed: weights and momentum, if what is not chosen becomes zero.
+        zeroed: weights and momentum, if they become zero where a bit changes.
         bits_ranked: masks that tell the second pass who takes part, and the old bits where those are others.
     """
     size, bits = numbers.element_size(), in_sectors(packed_length(numbers.numel()))
@@ -155,6 +152,7 @@ def _moved(
         lost = undecided & (digit < chosen)
         if shift == 0:
             still, lost = torch.zeros_like(still), undecided & ~ranked.chosen
+        decided = undecided & ~still & ~lost
         touched = _groups(undecided)
         if first:  # who takes part is read; undecided and chosen bits are written
             total += (bits_ranked + 2) * bits
@@ -162,12 +160,11 @@ def _moved(
             total += bits + (3 if shift else 2) * _in_bytes(touched)
         if not ranks_zeroed:
             total += in_groups(touched, size)
-        zeros = lost | ~old if first and old is not None else lost
+        changed = lost if old is None else lost & old | decided & ~old
         for tensor, is_set in zip(zeroed, states, strict=True):
-            read = _groups(zeros, first) | touched & (tensor is numbers)
+            read = _groups(changed) | touched & (tensor is numbers)
             total += in_groups(read, tensor.element_size())
-            total += in_groups(_groups(zeros & is_set), tensor.element_size())
-            is_set &= ~zeros
+            total += in_groups(_groups(changed & is_set), tensor.element_size())
         undecided = still
     return total
 
@@ -186,10 +183,10 @@ def _pattern(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 
-def _groups(on: Tensor, beyond: bool = False) -> Tensor:
-    """Whether any of each group of eight is on; what is ``beyond`` the last element counts as said."""
+def _groups(on: Tensor) -> Tensor:
+    """Whether any of each group of eight is on."""
     padding = -on.numel() % GROUP.value
-    return torch.nn.functional.pad(on, (0, padding), value=beyond).view(-1, GROUP.value).any(1)
+    return torch.nn.functional.pad(on, (0, padding)).view(-1, GROUP.value).any(1)
 
 
 def _in_bytes(moved: Tensor) -> int:

@@ -323,8 +323,7 @@ def enter(
     """Set the bits of those above in ``kept`` or in the masks, clear those of the lost; the others' stay.
 
     So the mask of an undecided element still tells whether it was active before. Then +0.0 in the lists
-    ZEROED, (list, integer of its width) each, for those that are lost, and on the FIRST pass for all
-    that were not active.
+    ZEROED, (list, integer of its width) each, where a bit of the masks changes.
     """
     into = mask_of_block(row, first, BY)
     if INTO_KEPT:
@@ -338,13 +337,11 @@ def enter(
         old = undecided
     else:
         old = load_bytes(into, touched)
-    store_bytes(into, old & ~lost | above, touched)
-    stays = ~lost & 0xFF
-    if FIRST:
-        stays &= old
+    new = old & ~lost | above
+    store_bytes(into, new, touched)
     for i in tl.static_range(len(ZEROED)):
         values = address(row, ZEROED[i][0], ZEROED[i][1], BY.aligned) + first
-        zero_unless(stays, values, left)
+        zero_where(old ^ new, values, left)
 
 
 @jit
@@ -363,11 +360,11 @@ def ranks(on):
 
 
 @jit
-def zero_unless(stays, pointer, left):
-    """+0.0 where the bit is not set; a group in which that changes nothing is not written."""
-    byte = repeated(stays)
+def zero_where(changed, pointer, left):
+    """+0.0 where the bit is set; a group in which that changes nothing is not written."""
+    byte = repeated(changed)
     element, inside = block(left)
-    old = tl.load(pointer + element, mask=(byte != 0xFF) & inside, other=0)
-    new = tl.where(is_active(byte), old, 0)
+    old = tl.load(pointer + element, mask=(byte != 0) & inside, other=0)
+    new = tl.where(is_active(byte), 0, old)
     changes = repeated(tl.max((old != new).to(tl.int32), axis=1))
     tl.store(pointer + element, new, mask=(changes != 0) & inside)
