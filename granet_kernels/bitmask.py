@@ -105,6 +105,12 @@ class _Attachment:
 # By id(weight), until the weight dies. Optimizers look up every parameter at every step, and torch's
 # WeakIdKeyDictionary hashes and compares in Python.
 _attachments: dict[int, _Attachment] = {}
+_attachments_made = 0
+
+
+def attachments_made() -> int:
+    """Grows whenever a mask is attached or detached: for those who remember what was attached."""
+    return _attachments_made
 
 
 def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
@@ -120,6 +126,8 @@ def attach_mask(weight: Tensor, packed: Tensor) -> None:
     masked: keep the invariant that an inactive weight is zero
     (:func:`granet_kernels.zero_inactive_`).
     """
+    global _attachments_made
+    _attachments_made += 1
     key = id(weight)
     died = weakref.ref(weight, lambda reference: _forget(key, reference))
     _attachments[key] = _Attachment(died, packed, weight.stride())
@@ -127,6 +135,8 @@ def attach_mask(weight: Tensor, packed: Tensor) -> None:
 
 def detach_mask(weight: Tensor) -> None:
     """Let optimizers treat this parameter as dense again."""
+    global _attachments_made
+    _attachments_made += 1
     _attachments.pop(id(weight), None)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from granet_kernels.bitmask import attached_mask
+from granet_kernels.bitmask import attached_mask, attachments_made
 from granet_kernels.functional import unpack_mask, zero_inactive_
 from granet_kernels.layout import same_layout
+from granet_kernels.ops.define import without_dispatcher
 
-_ops = torch.ops.granet
+_masked_sgd_ = without_dispatcher("masked_sgd_")
 
 
 class MaskedSGD(torch.optim.SGD):
@@ -74,6 +77,7 @@ class MaskedSGD(torch.optim.SGD):
             group.setdefault("momentum_dtype", self.defaults.get("momentum_dtype"))
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         self._mask_versions: dict[int, tuple[int, ...]] = {}  # by id(param)
+        self._plans: dict[int, _Plan] = {}  # by the place of the group
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. With a ``closure`` it is called first, and what it returns is returned."""
@@ -83,8 +87,8 @@ class MaskedSGD(torch.optim.SGD):
                 loss = closure()
         if not self._skips_first_step():
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                for group in self.param_groups:
-                    self._step_group(group)
+                for place, group in enumerate(self.param_groups):
+                    self._step_group(place, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -113,44 +117,75 @@ class MaskedSGD(torch.optim.SGD):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
             return False
-        creates = any(
+        there = sum(state.get("momentum_buffer") is not None for state in self.state.values())
+        creates = there < sum(len(group["params"]) for group in self.param_groups) and any(
             group["momentum"] != 0 and param.grad is not None and self.momentum_of(param) is None
             for group in self.param_groups
             for param in group["params"]
         )
         return creates and bool(found_inf)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(self, place: int, group: dict[str, Any]) -> None:
+        params = group["params"]
+        grads = [param.grad for param in params]
+        plan = self._plans.get(place)
+        if plan is None or not plan.is_of(self._facts(group, grads, plan.masks)):
+            plan = self._plans[place] = self._plan(group, grads)
+        for batch in plan.plain:
+            self._step_plain(batch, batch.of(grads), group)
+        for batch in plan.masked:
+            self._step_masked(batch, batch.of(grads), group)
+
+    def _facts(
+        self, group: dict[str, Any], grads: Sequence[Tensor | None], masks: Sequence[Tensor]
+    ) -> _Facts:
+        """What a plan follows from, as cheaply as it can be compared at every step."""
+        params = group["params"]
+        return _Facts(
+            equal=(
+                [param.stride() for param in params],
+                [param.dtype for param in params],
+                [grad is None for grad in grads],
+                [mask._version for mask in masks],
+                attachments_made(),
+                group["differentiable"],
+            ),
+            same=[*params, *(state.get("momentum_buffer") for state in self.state.values())],
+        )
+
+    def _plan(self, group: dict[str, Any], grads: Sequence[Tensor | None]) -> _Plan:
+        """Sort the parameters by who updates them, and see to the invariant."""
         # With and without momentum apart: torch's fused update cannot start one beside another.
-        plain: dict[bool, list[Tensor]] = defaultdict(list)
-        masked: dict[tuple[Any, ...], list[_Masked]] = defaultdict(list)
-        for param in group["params"]:
-            if param.grad is None:
+        plain: dict[bool, _Batch] = defaultdict(_Batch)
+        masked: dict[tuple[Any, ...], _Batch] = defaultdict(_Batch)
+        for place, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+            if grad is None:
                 continue
             mask, buffer = attached_mask(param), self.momentum_of(param)
             if mask is None or group["differentiable"]:
-                plain[buffer is None].append(param)
+                plain[buffer is None].add(place, param, buffer)
             else:
-                self._restore_invariant(param, mask, buffer)
-                buffer_dtype = None if buffer is None else buffer.dtype
-                masked[param.device, param.dtype, buffer_dtype].append(_Masked(param, mask, buffer))
-        for params in plain.values():
-            self._step_plain(params, group)
-        for weights in masked.values():
-            self._step_masked(weights, group)
+                dtype = None if buffer is None else buffer.dtype
+                masked[param.device, param.dtype, dtype].add(place, param, buffer, mask)
+        for batch in masked.values():
+            self._restore_invariant(batch)
+        batches = list(masked.values())
+        masks = [mask for batch in batches for mask in batch.masks]
+        facts = self._facts(group, grads, masks)
+        return _Plan(facts=facts, plain=list(plain.values()), masked=batches, masks=masks)
 
-    def _step_plain(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_plain(self, batch: _Batch, grads: list[Tensor], group: dict[str, Any]) -> None:
         """Torch's own update; of a masked weight only when it is to be differentiable."""
         scaler = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         scaled = scaler["found_inf"] is not None  # only torch's fused update takes these
-        momenta = [self.momentum_of(param) for param in params]
+        momenta = list(batch.momenta)
+        if group["differentiable"]:
+            grads = [_masked_grad(param) for param in batch.params]
         sgd(
-            params,
-            [_masked_grad(param) for param in params],
+            batch.params,
+            grads,
             momenta,
-            has_sparse_grad=any(
-                param.grad is not None and param.grad.is_sparse for param in params
-            ),
+            has_sparse_grad=any(grad.is_sparse for grad in grads),
             foreach=False if scaled else group["foreach"],
             fused=True if scaled else group["fused"],
             weight_decay=group["weight_decay"],
@@ -162,25 +197,30 @@ class MaskedSGD(torch.optim.SGD):
             **scaler,
         )
         if group["momentum"] != 0:
-            for param, buffer in zip(params, momenta, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+            for param, buffer, old in zip(batch.params, momenta, batch.momenta, strict=True):
+                if buffer is not old:
+                    self.state[param]["momentum_buffer"] = buffer
 
-    def _step_masked(self, weights: list[_Masked], group: dict[str, Any]) -> None:
-        params = [weight.param for weight in weights]
-        momenta = [weight.momentum for weight in weights] if group["momentum"] != 0 else []
+    def _step_masked(self, batch: _Batch, grads: list[Tensor], group: dict[str, Any]) -> None:
+        for param, grad in zip(batch.params, grads, strict=True):
+            if grad.is_sparse:
+                raise ValueError(
+                    f"params: expected a dense gradient of a masked weight {tuple(param.shape)}, got sparse"
+                )
+        momenta = batch.momenta if group["momentum"] != 0 else []
         first = bool(momenta) and momenta[0] is None
         if first:
-            dtype = group["momentum_dtype"] or params[0].dtype
-            momenta = [torch.zeros_like(param, dtype=dtype) for param in params]
-            for param, buffer in zip(params, momenta, strict=True):
+            dtype = group["momentum_dtype"] or batch.params[0].dtype
+            momenta = [torch.zeros_like(param, dtype=dtype) for param in batch.params]
+            for param, buffer in zip(batch.params, momenta, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
         lr, weight_decay = group["lr"], group["weight_decay"]
         with torch.no_grad():
-            _ops.masked_sgd_.default(
-                params,
-                [_strided_grad(param) for param in params],
+            _masked_sgd_(
+                batch.params,
+                grads,
                 momenta,
-                [weight.mask for weight in weights],
+                batch.masks,
                 lr=0.0 if isinstance(lr, Tensor) else lr,
                 momentum=group["momentum"],
                 dampening=group["dampening"],
@@ -193,31 +233,75 @@ class MaskedSGD(torch.optim.SGD):
                 found_inf=getattr(self, "found_inf", None),
             )
 
-    def _restore_invariant(self, param: Tensor, mask: Tensor, buffer: Tensor | None) -> None:
+    def _restore_invariant(self, batch: _Batch) -> None:
         """Zero what became inactive behind our back: by hand, or by loading a mask or momentum."""
-        seen = (id(mask), mask._version, 0 if buffer is None else id(buffer))
-        if self._mask_versions.get(id(param)) != seen:
-            states = [param] if buffer is None else [param, buffer]
-            zero_inactive_(states, [mask] * len(states))
+        states: list[Tensor] = []
+        masks: list[Tensor] = []
+        for param, mask, buffer in zip(batch.params, batch.masks, batch.momenta, strict=True):
+            seen = (id(mask), mask._version, 0 if buffer is None else id(buffer))
+            if self._mask_versions.get(id(param)) == seen:
+                continue
             self._mask_versions[id(param)] = seen
+            states += [param] if buffer is None else [param, buffer]
+            masks += [mask] if buffer is None else [mask, mask]
+        zero_inactive_(states, masks)
 
 
-class _Masked(NamedTuple):
-    """A weight that the operator updates."""
+@dataclass(slots=True)
+class _Batch:
+    """Parameters that one call updates, by their places in the group."""
 
-    param: Tensor
-    mask: Tensor
-    momentum: Tensor | None
+    places: list[int] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    momenta: list[Tensor | None] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    """Packed; none of parameters that torch updates."""
+
+    def add(
+        self, place: int, param: Tensor, momentum: Tensor | None, mask: Tensor | None = None
+    ) -> None:
+        self.places.append(place)
+        self.params.append(param)
+        self.momenta.append(momentum)
+        if mask is not None:
+            self.masks.append(mask)
+
+    def of(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of its parameters, which all have one."""
+        return [cast(Tensor, grads[place]) for place in self.places]
 
 
-def _strided_grad(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    if grad.is_sparse:
-        raise ValueError(
-            f"params: expected a dense gradient of a masked weight {tuple(param.shape)}, got sparse"
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a plan follows from."""
+
+    equal: tuple[Any, ...]
+    same: list[Any]
+    """By identity: tensors compare by their elements."""
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Facts)
+            and self.equal == other.equal
+            and len(self.same) == len(other.same)
+            and all(map(operator.is_, self.same, other.same))
         )
-    return grad
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """Who updates which parameters of a group, until anything changes that it follows from."""
+
+    facts: _Facts
+    plain: list[_Batch]
+    """Torch's update."""
+    masked: list[_Batch]
+    """The operator's, one call for each device and dtype."""
+    masks: list[Tensor]
+    """Of all `masked`."""
+
+    def is_of(self, facts: _Facts) -> bool:
+        return self.facts == facts
 
 
 def _masked_grad(param: Tensor) -> Tensor:

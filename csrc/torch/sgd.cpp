@@ -7,6 +7,7 @@
 #include "cpu/sgd.h"
 #include "torch/checks.h"
 #include "torch/parallel.h"
+#include "torch/step_check.h"
 
 namespace granet {
 namespace {
@@ -54,6 +55,21 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
                   TorchThreads(static_cast<double>(weights) * 0.5));
 }
 
+// Computes if the arguments are plainly right, and says whether it did.
+bool try_masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
+                     std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
+                     bool nesterov, bool maximize, bool first) {
+  if (momenta.empty() != (momentum == 0) || !is_usual_step(params, grads, momenta, masks)) return false;
+  masked_sgd_(std::move(params), std::move(grads), std::move(momenta), std::move(masks), lr, momentum, dampening,
+              weight_decay, /*grad_scale=*/1, nesterov, maximize, first);
+  return true;
+}
+
+bool judge_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
+                std::vector<Tensor> masks) {
+  return is_usual_step(params, grads, momenta, masks);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
@@ -61,8 +77,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
       "float momentum, float dampening, float weight_decay, float grad_scale, bool nesterov, bool maximize, "
       "bool first) -> ()");
+  m.def(
+      "try_masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
+      "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> bool");
+  m.def("is_usual_step(Tensor[] params, Tensor[] grads, Tensor[] momenta, Tensor[] masks) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) { m.impl("masked_sgd_", TORCH_BOX(&masked_sgd_)); }
+STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
+  m.impl("masked_sgd_", TORCH_BOX(&masked_sgd_));
+  m.impl("try_masked_sgd_", TORCH_BOX(&try_masked_sgd_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CompositeExplicitAutograd, m) { m.impl("is_usual_step", TORCH_BOX(&judge_step)); }
 
 }  // namespace granet

@@ -40,7 +40,9 @@ class Backend:
 
 _backends: dict[str, Backend] = {}  # in order of preference
 _loaded: dict[str, ModuleType | str] = {}  # the module, or why there is none
-_resolved: dict[tuple[str, str], Callable[..., Any]] = {}  # (operator, device type) under _selected
+# By (operator, device type) under _selected.
+_resolved: dict[tuple[str, str], Callable[..., Any]] = {}
+_quick: dict[tuple[str, str], Callable[..., bool] | None] = {}
 _warned: set[str] = set()
 _selected: str | None = None  # None: the first available backend that serves the device
 
@@ -50,6 +52,7 @@ def register_backend(backend: Backend) -> None:
     _backends[backend.name] = backend
     _loaded.pop(backend.name, None)
     _resolved.clear()
+    _quick.clear()
 
 
 def registered_backends() -> tuple[Backend, ...]:
@@ -123,6 +126,19 @@ def implementation(operator: str, device_type: str) -> Callable[..., Any]:
     return _resolved[key]
 
 
+def quick_implementation(operator: str, device_type: str) -> Callable[..., bool] | None:
+    """``try_<operator>`` of the same backend, if it has that.
+
+    It judges the arguments itself, computes if they are plainly right, and says whether it did; one
+    crossing into compiled code in the place of three, of an operator that takes hundreds of tensors.
+    """
+    key = (operator, device_type)
+    if key not in _quick:
+        module = _load(backend_for(operator, device_type))
+        _quick[key] = getattr(module, f"try_{operator}", None)
+    return _quick[key]
+
+
 def backend_for(operator: str, device_type: str) -> str:
     """The name of the backend that computes ``operator`` on tensors of ``device_type``.
 
@@ -150,6 +166,7 @@ def _select(name: str | None) -> None:
     global _selected
     _selected = name
     _resolved.clear()
+    _quick.clear()
 
 
 def _validated(name: str) -> str | None:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "torch/cuda/table.h"
+#include "torch/step_check.h"
 
 namespace granet {
 namespace {
@@ -70,6 +71,31 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
   check_cuda(cuda::launch_masked_sgd(table.table, of_params, of_momenta, options, device.stream()), "masked_sgd_");
 }
 
+// Whether there is none, or one that a kernel can read where it is.
+bool is_usual_scalar(const std::optional<Tensor>& scalar, const Tensor& first, ScalarType dtype) {
+  return !scalar.has_value() || (is_on_device(*scalar) && scalar->get_device_index() == first.get_device_index() &&
+                                 scalar->scalar_type() == dtype && scalar->numel() == 1);
+}
+
+// Computes if the arguments are plainly right, and says whether it did.
+bool try_masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
+                     std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
+                     bool nesterov, bool maximize, bool first, std::optional<Tensor> lr_tensor,
+                     std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  if (momenta.empty() != (momentum == 0) || !is_usual_step(params, grads, momenta, masks)) return false;
+  const bool is_fp64 = params[0].scalar_type() == ScalarType::Double ||
+                       (!momenta.empty() && momenta[0].scalar_type() == ScalarType::Double);
+  const ScalarType computed = is_fp64 ? ScalarType::Double : ScalarType::Float;
+  if (!is_usual_scalar(lr_tensor, params[0], computed) || !is_usual_scalar(grad_scale, params[0], computed) ||
+      !is_usual_scalar(found_inf, params[0], ScalarType::Float)) {
+    return false;
+  }
+  masked_sgd_(std::move(params), std::move(grads), std::move(momenta), std::move(masks), lr, momentum, dampening,
+              weight_decay, nesterov, maximize, first, std::move(lr_tensor), std::move(grad_scale),
+              std::move(found_inf));
+  return true;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cuda, m) {
@@ -77,8 +103,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cuda, m) {
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, "
       "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  m.def(
+      "try_masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
+      "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, "
+      "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(granet_cuda, GRANET_CUDA_KEY, m) { m.impl("masked_sgd_", TORCH_BOX(&masked_sgd_)); }
+STABLE_TORCH_LIBRARY_IMPL(granet_cuda, GRANET_CUDA_KEY, m) {
+  m.impl("masked_sgd_", TORCH_BOX(&masked_sgd_));
+  m.impl("try_masked_sgd_", TORCH_BOX(&try_masked_sgd_));
+}
 
 }  // namespace granet

@@ -16,7 +16,10 @@ from granet_kernels.backends.cpp.mask import (
     zero_inactive_,
 )
 from granet_kernels.backends.cpp.select import drop_regrow_, prune_, topk_mask
-from granet_kernels.backends.cpp.sgd import masked_sgd_
+from granet_kernels.backends.cpp.sgd import (
+    masked_sgd_,
+    try_masked_sgd_,  # noqa: F401 - the registry looks for it
+)
 
 __all__ = [
     "compressed_conv2d",

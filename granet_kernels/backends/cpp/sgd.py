@@ -8,6 +8,42 @@ from torch import Tensor
 from granet_kernels.layout import aligned
 
 
+def try_masked_sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    masks: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> bool:
+    """:func:`masked_sgd_` where compiled code finds the arguments right; whether it did."""
+    if not params or not (lr_tensor is grad_scale is found_inf is None):
+        return False
+    done = torch.ops.granet_cpp.try_masked_sgd_.default(
+        params,
+        grads,
+        momenta,
+        masks,
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        maximize,
+        first,
+    )
+    return bool(done)
+
+
 def masked_sgd_(
     params: list[Tensor],
     grads: list[Tensor],

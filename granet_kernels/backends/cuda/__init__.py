@@ -21,7 +21,10 @@ from granet_kernels.backends.cuda.mask import (
     zero_inactive_,
 )
 from granet_kernels.backends.cuda.select import drop_regrow_, prune_, topk_mask
-from granet_kernels.backends.cuda.sgd import masked_sgd_
+from granet_kernels.backends.cuda.sgd import (
+    masked_sgd_,
+    try_masked_sgd_,  # noqa: F401 - the registry looks for it
+)
 
 __all__ = [
     "compressed_conv2d",

@@ -8,6 +8,45 @@ from torch import Tensor
 from granet_kernels.layout import aligned
 
 
+def try_masked_sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    masks: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> bool:
+    """:func:`masked_sgd_` where compiled code finds the arguments right; whether it did."""
+    if not params:
+        return False
+    done = torch.ops.granet_cuda.try_masked_sgd_.default(
+        params,
+        grads,
+        momenta,
+        masks,
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        maximize,
+        first,
+        lr_tensor,
+        grad_scale,
+        found_inf,
+    )
+    return bool(done)
+
+
 def masked_sgd_(
     params: list[Tensor],
     grads: list[Tensor],

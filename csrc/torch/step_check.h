@@ -2,6 +2,8 @@
 //
 // The public operator (namespace granet) checks its arguments in Python, and says what is wrong with them; but of 216
 // tensors that takes 0.5 ms, 1 ms with cold caches, and a step over ResNet-50's weights 10 ms.
+#pragma once
+
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -9,20 +11,19 @@
 #include "torch/checks.h"
 
 namespace granet {
-namespace {
 
-bool same_sizes(const Tensor& a, const Tensor& b) {
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes();
   return a.dim() == b.dim() && std::equal(sizes.begin(), sizes.end(), b.sizes().begin());
 }
 
-bool same_strides(const Tensor& a, const Tensor& b) {
+inline bool same_strides(const Tensor& a, const Tensor& b) {
   const auto strides = a.strides();
   return a.dim() == b.dim() && std::equal(strides.begin(), strides.end(), b.strides().begin());
 }
 
 // Contiguous or channels_last: each element in a place of its own, without gaps.
-bool has_usual_layout(const Tensor& tensor) {
+inline bool has_usual_layout(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   if (tensor.dim() != 4) return false;
   const auto n = tensor.sizes();
@@ -30,7 +31,7 @@ bool has_usual_layout(const Tensor& tensor) {
   return s[1] == 1 && s[3] == n[1] && s[2] == n[1] * n[3] && s[0] == n[1] * n[3] * n[2];
 }
 
-bool is_floating(ScalarType dtype) {
+inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
          dtype == ScalarType::Double;
 }
@@ -54,8 +55,8 @@ class Spans {  // of memory, each in a place of its own?
 
 // True only if masked_sgd_ may take them: of equal shapes, dtypes and layouts, on one device, with packed masks, in
 // memory of their own. False says nothing. Without momenta, an empty list.
-bool is_usual_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
-                   std::vector<Tensor> masks) {
+inline bool is_usual_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                          const std::vector<Tensor>& momenta, const std::vector<Tensor>& masks) {
   const size_t count = params.size();
   if (count == 0 || grads.size() != count || masks.size() != count) return false;
   if (!momenta.empty() && momenta.size() != count) return false;
@@ -81,16 +82,6 @@ bool is_usual_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
     spans.add(mask);
   }
   return spans.are_apart();
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
-  m.def("is_usual_step(Tensor[] params, Tensor[] grads, Tensor[] momenta, Tensor[] masks) -> bool");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CompositeExplicitAutograd, m) {
-  m.impl("is_usual_step", TORCH_BOX(&is_usual_step));
 }
 
 }  // namespace granet
