@@ -74,7 +74,7 @@ class State:
     def other_operators(self, ops=OPS):
         """The rest, for their results."""
         weight, mask = self.weights[0], self.masks[0]
-        flag = torch.tensor(True, device=weight.device)
+        flag = torch.ones((), dtype=torch.bool, device=weight.device)  # torch.tensor would wait
         bools = ops.unpack_mask(mask, weight.numel())
         square = weight.view(-1, 8)  # a gradient whose strides are not its weight's
         turned = torch.zeros_like(square.t()).copy_(square.t()).t()

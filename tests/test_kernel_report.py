@@ -85,6 +85,7 @@ def test_the_step_is_as_promised_on_every_target(all_made, capability):
         ({"spills": 3}, "0 bytes of local memory, 3 instructions for it"),
         ({"shared": 1 << 20}, "1048576 bytes of shared memory, more than 232448"),
         ({"fp64": ("add.f64",)}, "fp64: add.f64"),
+        ({"misplaced_masks": 1}, "1 histograms with a mask of another order"),
         ({"loads": Counter({4: 48})}, "0 of 12 bytes an element in loads of 16 bytes (48 of 4)"),
         ({"stores": Counter({16: 4})}, "4 of 8 bytes an element in stores of 16 bytes (4 of 16)"),
     ],
@@ -105,6 +106,7 @@ def test_faults_are_found(all_made, change, message):
         loads=Counter({16: 12, 4: 3}),
         stores=Counter({16: 8}),
         fused=0,
+        misplaced_masks=0,
         threads=128,
     )
     assert claims.faults(made, code, 90) == []
@@ -158,6 +160,23 @@ def test_accesses_are_read_from_ptx():
     """
     assert compiled.global_accesses(ptx, "ld") == Counter({16: 1, 1: 1})
     assert compiled.global_accesses(ptx, "st") == Counter({32: 1, 16: 1})
+
+
+def test_masks_of_histograms_are_read_from_the_compilers_form():
+    """Two lines of what Triton 3.6 made of a digit and a mask that were each put in a row."""
+    apart = """
+        %digit = tt.reshape %key allow_reorder : tensor<512x8xi32, #blocked1> -> tensor<4096xi32, #blocked>
+        %on = tt.reshape %bit allow_reorder : tensor<512x8xi1, #blocked2> -> tensor<4096xi1, #blocked>
+        %counts_68 = tt.histogram %digit, %on : tensor<4096xi32, #blocked> -> tensor<256xi32, #blocked>
+    """
+    assert compiled.misplaced_masks(apart) == 1
+    together = """
+        %row = tt.reshape %key allow_reorder : tensor<512x8xi32, #blocked1> -> tensor<4096xi32, #blocked>
+        %counts_59 = arith.cmpi sge, %row, %cst_2 : tensor<4096xi32, #blocked>
+        %counts_60 = tt.histogram %row, %counts_59 : tensor<4096xi32, #blocked> -> tensor<256xi32, #blocked>
+    """
+    assert compiled.misplaced_masks(together) == 0
+    assert compiled.misplaced_masks("%counts = tt.histogram %digit : tensor<8xi32>") == 0
 
 
 @pytest.mark.slow

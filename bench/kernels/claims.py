@@ -163,6 +163,8 @@ def faults(made: Specialization, code: Code, capability: int) -> list[str]:
         found.append(f"fp64: {', '.join(unasked)}")
     if made.options.get("enable_fp_fusion") is not False:
         found.append("enable_fp_fusion is left to Triton")
+    if code.misplaced_masks:
+        found.append(f"{code.misplaced_masks} histograms with a mask of another order")
     moved = traffic(made)
     if moved is not None and moved.width:
         for name, accesses, least in (

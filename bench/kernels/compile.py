@@ -44,6 +44,8 @@ class Code:
     """Stores to it."""
     fused: int
     """Products and sums that are rounded once."""
+    misplaced_masks: int
+    """Histograms whose mask may lie in another order than what they count: see `misplaced_masks`."""
     threads: int
     """Of a program."""
 
@@ -74,6 +76,7 @@ def compile_for(specialization: Specialization, capability: int) -> Code:
         loads=global_accesses(ptx, "ld"),
         stores=global_accesses(ptx, "st"),
         fused=len(re.findall(r"^\s*(?:@!?%p\d+ )?fma\.", ptx, re.M)),
+        misplaced_masks=misplaced_masks(compiled.asm["ttgir"]),
         threads=32 * compiled.metadata.num_warps,
     )
 
@@ -92,6 +95,24 @@ def global_accesses(ptx: str, kind: str) -> Counter[int]:
         bits = int(re.sub(r"\D", "", parts[-1]))
         found[vector * bits // 8] += 1
     return found
+
+
+def misplaced_masks(ttgir: str) -> int:
+    """How many histograms have a mask that is not made from their very source, by comparing it.
+
+    Triton takes the order of a histogram's source for indifferent and reorders it as it likes, but not the
+    mask with it, so that digits are counted under other elements' bits.
+
+    >>> misplaced_masks("%c = tt.histogram %a, %b : tensor<8xi32>")
+    1
+    >>> misplaced_masks("%b = arith.cmpi sge, %a, %z : x \\n %c = tt.histogram %a, %b : y")
+    0
+    """
+    masked = re.findall(r"tt\.histogram (%\w+), (%\w+)", ttgir)
+    return sum(
+        re.search(rf"{mask} = arith\.cmpi \w+, {source}\b", ttgir) is None
+        for source, mask in masked
+    )
 
 
 def disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:

@@ -66,7 +66,7 @@ CLAIMS = (
     *(
         Claim(kernel=f"{kernel}<{key}", registers=registers, wide_loads=8)
         for kernel in ("pass_kernel", "tie_kernel", "apply_kernel")
-        for key, registers in (("unsigned int", 80), ("unsigned long", 128))
+        for key, registers in (("unsigned int", 80), ("unsigned long", 255))
     ),
 )
 

@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>)
     apply_kernel(Selection selection, Effect effect) {
   ApplyMemory& shared = shared_memory<ApplyMemory>();
   const Chunks mine(selection.table);
-  for (int64_t index = mine.first; index < mine.end; ++index) {
+  // From the end: the first pass, which has read everything, ended there, and some of that is in the cache.
+  for (int64_t index = mine.end - 1; index >= mine.first; --index) {
     const Chunk chunk(selection.table, index);
     const State& state = selection.segments[segment_of(selection, index)].state;
     const Verdict verdict = state.verdict;

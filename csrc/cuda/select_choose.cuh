@@ -5,29 +5,20 @@
 
 namespace granet::cuda {
 
-// The counters of a block, or those of all blocks, which others have written: not to be read from this block's cache.
-struct LocalCounts {
-  const unsigned* counts;
-  __device__ int64_t operator()(int bin) const { return counts[bin]; }
-};
-struct GlobalCounts {
-  const unsigned long long* counts;
-  __device__ int64_t operator()(int bin) const { return static_cast<int64_t>(__ldcg(counts + bin)); }
-};
-
 struct Found {
   int bin;
   int64_t before;  // keys in bins above
   int64_t count;   // in the bin
 };
 
-// A thread's share of the bins: consecutive ones, the highest with thread 0.
-template <typename Counts>
+// A thread's share of the bins: consecutive ones, the highest with thread 0. `counts` lie in shared memory: each is
+// asked for when the one before is known.
+template <typename Count>
 class Share {
  public:
-  __device__ Share(const Counts& counts, int64_t* room)
+  __device__ Share(const Count* counts, int64_t* room)
       : counts_(counts), highest_(SelectTraits::kBins - 1 - static_cast<int>(threadIdx.x) * kBinsOfThread) {
-    for (int i = 0; i < kBinsOfThread; ++i) sum_ += counts(highest_ - i);
+    for (int i = 0; i < kBinsOfThread; ++i) sum_ += counts[highest_ - i];
     before_ = sum_before(sum_, room, total_);
   }
 
@@ -36,10 +27,10 @@ class Share {
   // Whether the key of this rank, 1 for the largest, lies in one of the thread's bins: so for one thread of the block.
   __device__ bool holds(int64_t rank, Found& found) const {
     if (rank <= before_ || rank > before_ + sum_) return false;
-    found = {highest_, before_, counts_(highest_)};
+    found = {highest_, before_, static_cast<int64_t>(counts_[highest_])};
     while (rank > found.before + found.count) {
       found.before += found.count;
-      found.count = counts_(--found.bin);
+      found.count = static_cast<int64_t>(counts_[--found.bin]);
     }
     return true;
   }
@@ -47,7 +38,7 @@ class Share {
  private:
   static constexpr int kBinsOfThread = SelectTraits::kBins / SelectTraits::kThreads;
   static_assert(SelectTraits::kBins % SelectTraits::kThreads == 0);
-  Counts counts_;
+  const Count* counts_;
   int highest_;
   int64_t sum_ = 0;
   int64_t before_ = 0;
@@ -63,10 +54,9 @@ __device__ __forceinline__ void forget(State& state, int bits) {
 }
 
 // After a pass in the bracket of `state`, with so many keys above it: the bin in which the threshold lies.
-template <typename Counts>
-__device__ void choose(State& result, const State& state, int64_t above, const Counts& counts, int bits,
-                       int64_t* room) {
-  const Share<Counts> share(counts, room);
+template <typename Count>
+__device__ void choose(State& result, const State& state, int64_t above, const Count* counts, int bits, int64_t* room) {
+  const Share share(counts, room);
   State next = state;
   if (state.wanted > above && state.wanted <= above + share.total() &&
       !(state.verdict == Verdict::kCount && state.wanted == share.total())) {
@@ -95,14 +85,14 @@ __device__ void choose(State& result, const State& state, int64_t above, const C
 // After a look at some places of the segment: a bracket that holds the threshold, as likely as six sigma are. Within a
 // bin keys are taken to be spread evenly. Where they are not, the pass over all elements refutes the bracket, and that
 // pass is all that is lost.
-template <typename Counts>
-__device__ void guess(State& result, const State& state, int64_t places, const Counts& counts, int64_t* room,
+template <typename Count>
+__device__ void guess(State& result, const State& state, int64_t places, const Count* counts, int64_t* room,
                       uint64_t* bracket) {
   if (threadIdx.x == 0) {
     bracket[0] = 0;
     bracket[1] = state.span;
   }
-  const Share<Counts> share(counts, room);
+  const Share share(counts, room);
   const float expected = static_cast<float>(state.wanted) / static_cast<float>(state.elements) * places;
   const float margin = 6 * sqrtf(fmaxf(expected, 0)) + 8;
   const auto highest = static_cast<int64_t>(expected - margin);

@@ -8,7 +8,10 @@ namespace granet::cuda {
 
 struct PassMemory {
   State state;
-  unsigned counts[SelectTraits::kBins];
+  union {
+    unsigned counts[SelectTraits::kBins];            // of the block
+    unsigned long long totals[SelectTraits::kBins];  // then, in the block that arrives last, of all
+  };
   int64_t room[SelectTraits::kThreads / kWarpSize];
   uint64_t bracket[2];
   bool flag;
@@ -136,7 +139,7 @@ __device__ __forceinline__ void for_each_segment(const Selection& selection, con
     int64_t of_block = 0;
     sum_before(int64_t{count(state, first, end, shared.counts)}, shared.room, of_block);  // and counters are complete
     if (end - first == state.chunks) {
-      choose(segment.state, state, of_block, LocalCounts{shared.counts}, shared);
+      choose(segment.state, state, of_block, shared.counts, shared);
     } else {
       unsigned long long* bins = selection.histograms + index * SelectTraits::kBins;
       for (int bin = threadIdx.x; bin < SelectTraits::kBins; bin += SelectTraits::kThreads) {
@@ -145,9 +148,12 @@ __device__ __forceinline__ void for_each_segment(const Selection& selection, con
       if (threadIdx.x == 0 && of_block != 0) atomicAdd(&segment.above, static_cast<unsigned long long>(of_block));
       if (arrives_last(segment, end - first, state.chunks, &shared.flag)) {
         const auto above = static_cast<int64_t>(__ldcg(&segment.above));
-        choose(segment.state, state, above, GlobalCounts{bins}, shared);
-        __syncthreads();  // all have read
-        for (int bin = threadIdx.x; bin < SelectTraits::kBins; bin += SelectTraits::kThreads) bins[bin] = 0;
+        for (int bin = threadIdx.x; bin < SelectTraits::kBins; bin += SelectTraits::kThreads) {
+          shared.totals[bin] = __ldcg(bins + bin);  // others have written them
+          bins[bin] = 0;
+        }
+        __syncthreads();
+        choose(segment.state, state, above, shared.totals, shared);
         if (threadIdx.x == 0) clear_arrivals(segment);
       }
     }
@@ -163,26 +169,28 @@ __global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>) sample
       [&](const State& state, int64_t first, int64_t end, unsigned* counts) {
         return sample_chunks<Key, rank>(selection, first, end, state, counts);
       },
-      [&](State& result, const State& state, int64_t places, const auto& counts, PassMemory& shared) {
+      [&](State& result, const State& state, int64_t places, const auto* counts, PassMemory& shared) {
         guess(result, state, places, counts, shared.room, shared.bracket);
       });
 }
 
+// `backwards`: begin with the chunks that the pass before has ended with, which are in the cache.
 template <typename Key, Rank rank>
-__global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>) pass_kernel(Selection selection) {
+__global__ void __launch_bounds__(SelectTraits::kThreads, kResident<Key>)
+    pass_kernel(Selection selection, bool backwards) {
   for_each_segment(
       selection, [&](const State& state) { return state.verdict < Verdict::kCut; },
       [&](const State& state, int64_t first, int64_t end, unsigned* counts) {
         int above = 0;
         for (int64_t i = first; i < end; ++i) {
-          const Chunk chunk(selection.table, i);
+          const Chunk chunk(selection.table, backwards ? first + (end - 1 - i) : i);
           with_format<Key>(ranked_type(selection, chunk.row()), [&](auto format) {
             above += pass_over_chunk<Key, rank, decltype(format)>(selection, chunk, state, counts);
           });
         }
         return above;
       },
-      [&](State& result, const State& state, int64_t above, const auto& counts, PassMemory& shared) {
+      [&](State& result, const State& state, int64_t above, const auto* counts, PassMemory& shared) {
         choose(result, state, above, counts, selection.bits, shared.room);
       });
 }

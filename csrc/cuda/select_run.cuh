@@ -20,7 +20,8 @@ cudaError_t run_ranking(const Selection& selection, const Steps& steps, cudaStre
   };
   cudaError_t error = cudaSuccess;
   if (steps.samples) error = run(sample_kernel<Key, rank>);
-  for (int pass = 0; pass < steps.passes && error == cudaSuccess; ++pass) error = run(pass_kernel<Key, rank>);
+  for (int pass = 0; pass < steps.passes && error == cudaSuccess; ++pass)
+    error = run(pass_kernel<Key, rank>, pass % 2 != 0);
   if (error == cudaSuccess) error = run(tie_kernel<Key, rank>);
   if (error == cudaSuccess) error = run(apply_kernel<Key, rank>, steps.effect);
   return error;

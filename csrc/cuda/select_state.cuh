@@ -18,7 +18,7 @@ struct SelectTraits {
   static constexpr int kThreads = 256;             // sixteen bins for each at the choice
   static constexpr int64_t kChunk = kSelectChunk;  // two tiles a warp; ResNet-50 has four chunks for each of 396 blocks
   static constexpr int kResident = 3;              // blocks on a multiprocessor: registers are what bounds them,
-  static constexpr int kResidentFp64 = 2;          // the more so where keys have 64 bits
+  static constexpr int kResidentFp64 = 1;          // the more so where keys have 64 bits, which nobody trains with
   static constexpr int kDigitBits = 12;  // exponents of weights vary little: 12 bits tell some 80 bins apart, 8 bits 5
   static constexpr int kBins = 1 << kDigitBits;
   // Bytes that a lane has asked for before it looks at the first: all fp32 numbers of its tile.
