@@ -28,7 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="by name/variant")
     measure.add_argument("--exclude", nargs="+", default=[], metavar="GLOB")
     measure.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
-    measure.add_argument("--seconds", type=float, help="start no new round after this long")
+    until = "start no new round after this time, in seconds since 1970"
+    measure.add_argument("--until", type=float, help=until)
     measure.add_argument("--out", type=Path, required=True, help="CSV that rows are added to")
 
     commands.add_parser("slug", parents=[device], help="the device's name, fit for a folder")
@@ -53,8 +54,8 @@ def _measure(args: argparse.Namespace) -> int:
         device=device, quick=args.quick, cache_bytes=machine.cache_bytes(device)
     )
     effort = QUICK if args.quick else FULL
-    if args.seconds is not None:
-        effort = dataclasses.replace(effort, seconds=args.seconds)
+    if args.until is not None:
+        effort = dataclasses.replace(effort, until=args.until)
     measured = run_rows(rows, setting, effort)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     records.append_csv(args.out, measured)

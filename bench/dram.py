@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -33,8 +33,8 @@ ROWS = (
     "select_kaiming/cuda",
     "select_kaiming/triton",
     "select_kaiming/torch_topk_unsorted",
-    "prune/cuda",
-    "prune/triton",
+    "prune*/cuda",
+    "prune*/triton",
     "update/cuda",
     "update/triton",
 )
@@ -65,8 +65,8 @@ class Counted:
     dram_over_model: float
 
 
-def _rows() -> list[Yardstick]:
-    found = registry.select(registry.registered(), only=ROWS)
+def _rows(only: Sequence[str]) -> list[Yardstick]:
+    found = registry.select(registry.registered(), only=only)
     return [row for row in found if row.dtype == "float32" and row.group in ("step", "selection")]
 
 
@@ -84,11 +84,11 @@ def _run_once(case: Case) -> None:
     torch.cuda.cudart().cudaProfilerStop()
 
 
-def run(out: Path) -> None:
+def run(out: Path, only: Sequence[str] = ROWS) -> None:
     """Every operation once, for ncu to look at, and a record of which they were."""
     setting = registry.Setting(device=machine.find_device("cuda"))
     done = []
-    for row in _rows():
+    for row in _rows(only):
         case = row.build(setting)
         _run_once(case)
         done.append(
@@ -213,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="the operations, to be called by ncu")
     runs.add_argument("--out", type=Path, required=True)
+    runs.add_argument("--only", nargs="+", default=ROWS, metavar="GLOB", help="by name/variant")
     tables = commands.add_parser("table", help="ncu's report as a table and a CSV")
     tables.add_argument("report", type=Path)
     tables.add_argument("operations", type=Path)
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "run":
         import bench.yardsticks  # noqa: F401 (registers the rows)
 
-        run(args.out)
+        run(args.out, args.only)
         return 0
     counted = count(args.report, args.operations)
     _write(args.out, Counted, [total for total, _ in counted])

@@ -92,7 +92,7 @@ def test_measure_takes_turns_and_resets_untimed(monkeypatch):
 
 
 def test_measure_keeps_to_its_time():
-    effort = timing.Effort(rounds=100, min_rounds=2, warmup=0, batch_ms=0.0, seconds=0.0)
+    effort = timing.Effort(rounds=100, min_rounds=2, warmup=0, batch_ms=0.0, until=0.0)
     outcome = timing.measure([timing.Subject(label="a", run=lambda: None)], CPU, effort)
     assert outcome["a"].repeats == 2
 

@@ -61,6 +61,35 @@ def build_read(setting: Setting) -> Case:
     )
 
 
+def build_pairs(sparsity: float, setting: Setting) -> Case:
+    """Reads of the pairs of sectors, 16 fp32 numbers each, in which a random mask leaves some.
+
+    A GPU reads memory by 64 bytes, and the fewer of them are wanted the less it moves in a second,
+    whoever asks. That bounds whatever skips what is inactive.
+    """
+    from bench.yardsticks.pairs import read_pairs
+
+    numel = sum(math.prod(shape) for shape in weight_shapes(setting.size)) // 4096 * 4096
+    generator = torch.Generator(setting.device).manual_seed(setting.seed)
+    drawn = torch.rand(numel // 16, device=setting.device, generator=generator)
+    wanted = (drawn < 1 - sparsity**16).to(torch.uint8)
+    numbers = [
+        torch.randn(numel, device=setting.device, generator=generator)
+        for _ in range(copies_needed(4 * numel, setting.cache_bytes))
+    ]
+    sums = torch.empty(numel // 4096, device=setting.device)
+    turn = itertools.cycle(numbers)
+    count = int(wanted.sum())
+    return Case(
+        run=lambda: read_pairs(next(turn), wanted, sums),
+        n_tensors=1,
+        n_weights=numel,
+        model_bytes=64 * count + wanted.numel(),
+        account="64 a pair + a byte for each",
+        copies=len(numbers),
+    )
+
+
 def _copy_row(mebibytes: int) -> Yardstick:
     return Yardstick(
         group="bandwidth",
@@ -81,4 +110,16 @@ register(
     REFERENCE_COPY,
     _copy_row(2048),
     Yardstick(group="bandwidth", name="read", variant="sum", build=build_read, graph=True),
+    *(
+        Yardstick(
+            group="bandwidth",
+            name="read",
+            variant="pairs",
+            build=functools.partial(build_pairs, sparsity),
+            sparsity=sparsity,
+            graph=True,
+            cuda_only=True,
+        )
+        for sparsity in (0.0, 0.8, 0.9, 0.95, 0.98)
+    ),
 )
