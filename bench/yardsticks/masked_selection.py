@@ -21,7 +21,7 @@ from bench.yardsticks.selection import (
 ACCOUNT = "sectors of 32 bytes that are touched"
 
 # Name, sparsity before, whether weights are dropped and regrown too. A ramp of 100 epochs prunes a hundredth
-# of the weights at each update, or less; a third of the active ones in one go is the hardest that is asked for.
+# of the weights at each update, or less; a third of the active ones in one go is as hard as it gets.
 UPDATES = (
     ("prune", SPARSITY_BEFORE, False),
     ("prune_little", 0.89, False),
