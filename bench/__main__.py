@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import bench.yardsticks  # noqa: F401 (registers the rows)
@@ -56,9 +57,13 @@ def _measure(args: argparse.Namespace) -> int:
     effort = QUICK if args.quick else FULL
     if args.until is not None:
         effort = dataclasses.replace(effort, until=args.until)
-    measured = run_rows(rows, setting, effort)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    records.append_csv(args.out, measured)
+    measured: list[records.Row] = []
+    begin = time.monotonic()
+    for part in run_rows(rows, setting, effort):
+        records.append_csv(args.out, part)
+        measured += part
+        print(f"{time.monotonic() - begin:6.1f} s  {part[0].name}", flush=True)
     missing = [row for row in measured if row.median_ms is None]
     failures = [row for row in missing if row.has_failed]
     print(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.machine import Stamp, stamp
@@ -75,25 +77,33 @@ def _baseline_ms(
     return None
 
 
-def run_rows(rows: Sequence[Yardstick], setting: Setting, effort: Effort) -> list[Row]:
-    """Builds all rows, times them in turn, and returns a record for each row and mode.
+def run_rows(rows: Sequence[Yardstick], setting: Setting, effort: Effort) -> Iterator[list[Row]]:
+    """Records of all rows in each mode, those of one name at a time: built, timed in turn, given out.
 
-    The copy that `ratio_to_copy` divides by is added where `rows` lacks it. A row that cannot be
-    built, captured or run gives a record with a note and no figures.
+    So whoever is stopped has the names before, and inputs take no more memory than one name's. The time
+    that is left is shared by the names that are. The copy that `ratio_to_copy` divides by is added
+    where `rows` lacks it. A row that cannot be built, captured or run gives a record with a note and no
+    figures.
     """
     on_gpu = setting.device.type == "cuda"
     rows = [REFERENCE_COPY, *(row for row in rows if row != REFERENCE_COPY)]
     rows = [row for row in rows if on_gpu or not row.cuda_only]
-    entries = [entry for row in rows for entry in _entries(row, setting)]
-    outcome = measure([e.subject for e in entries if e.subject], setting.device, effort)
-    origin = stamp(setting.device)
-    samples = {key: got for key, got in outcome.items() if isinstance(got, Sample)}
-    copy_rate = _copy_rate(entries, samples)
-    note = TOY_NOTE if setting.quick else ""
-    return [
-        _record(entry, outcome, origin, copy_rate, _baseline_ms(entry, rows, samples), note)
-        for entry in entries
-    ]
+    names = list(dict.fromkeys(row.name for row in rows))
+    samples: dict[str, Sample] = {}
+    copy_rate = None
+    for place, name in enumerate(names):
+        now = time.time()
+        share = dataclasses.replace(effort, until=now + (effort.until - now) / (len(names) - place))
+        entries = [entry for row in rows if row.name == name for entry in _entries(row, setting)]
+        outcome = measure([e.subject for e in entries if e.subject], setting.device, share)
+        origin = stamp(setting.device)
+        samples |= {key: got for key, got in outcome.items() if isinstance(got, Sample)}
+        copy_rate = copy_rate or _copy_rate(entries, samples)
+        note = TOY_NOTE if setting.quick else ""
+        yield [
+            _record(entry, outcome, origin, copy_rate, _baseline_ms(entry, rows, samples), note)
+            for entry in entries
+        ]
 
 
 def _record(

@@ -18,3 +18,7 @@ def bits(values) -> list[int]:
 def mask_of(*ones_and_zeros: int) -> Tensor:
     """A bool mask written as 1, 0, 1."""
     return torch.tensor(ones_and_zeros, dtype=torch.bool)
+
+
+HERE = torch.empty(0).device
+"""Where tests make their tensors, as errors name it."""

@@ -1,6 +1,7 @@
 """The harness of the GPU benchmarks, on the CPU at toy sizes."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -49,6 +50,11 @@ def make_row(build, **fields):
 
 def make_case(**fields):
     return registry.Case(**{"run": lambda: None, "n_tensors": 1, "n_weights": 8} | fields)
+
+
+def run_rows(rows):
+    """All parts, as one list."""
+    return [row for part in runner.run_rows(rows, TOY, timing.QUICK) for row in part]
 
 
 def make_sample(ms, repeats=1, iterations=1):
@@ -142,7 +148,7 @@ def test_rows_are_related_to_copy_and_baseline(monkeypatch):
         make_row(lambda _: make_case(model_bytes=8000), variant="base", baseline="job/base"),
         make_row(lambda _: make_case(items=10), baseline="job/base"),
     ]
-    copy, base, ours = runner.run_rows(rows, TOY, timing.QUICK)
+    copy, base, ours = run_rows(rows)
     assert (copy.name, copy.ratio_to_copy) == ("copy", 1)
     assert base.gbytes_per_s == pytest.approx(8000 / 4e-3 / 1e9)
     assert base.ratio_to_copy == pytest.approx(base.gbytes_per_s / copy.gbytes_per_s)
@@ -160,7 +166,7 @@ def test_a_failure_costs_its_own_row(tmp_path):
         make_row(lambda _: make_case(run=broken), variant="cannot_run"),
         make_row(lambda _: make_case(), variant="works"),
     ]
-    _, first, second, third = runner.run_rows(rows, TOY, timing.QUICK)
+    _, first, second, third = run_rows(rows)
     for row in (first, second):
         assert (row.median_ms, row.note) == (None, "RuntimeError: out of memory")
     assert third.median_ms > 0
@@ -195,9 +201,38 @@ def test_rows_run_in_what_is_around_them():
         inside.pop()
 
     case = make_case(run=lambda: inside[0], around=around, reset=lambda: inside[0])
-    (_, row) = runner.run_rows([make_row(lambda _: case)], TOY, timing.QUICK)
+    (_, row) = run_rows([make_row(lambda _: case)])
     assert row.median_ms > 0, row.note
     assert inside == []
+
+
+def test_names_are_measured_one_after_another(monkeypatch):
+    """What has been measured is there when the rest is interrupted; baselines of earlier names count."""
+    shares = []
+
+    def one_ms(subjects, device, effort):
+        shares.append(effort.until)
+        return {subject.label: make_sample(1.0) for subject in subjects}
+
+    monkeypatch.setattr(runner, "measure", one_ms)
+    monkeypatch.setattr(runner.time, "time", lambda: 100.0)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    rows = [
+        make_row(lambda _: make_case(), name="first", variant="base"),
+        make_row(lambda _: make_case(), name="second", baseline="first/base"),
+        make_row(interrupted, name="third"),
+    ]
+    effort = dataclasses.replace(timing.QUICK, until=220.0)
+    parts = runner.run_rows(rows, TOY, effort)
+    assert [next(parts)[0].name for _ in range(2)] == ["copy", "first"]
+    (second,) = next(parts)
+    assert (second.name, second.ratio_to_baseline) == ("second", 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        next(parts)
+    assert shares == [130.0, 140.0, 160.0]
 
 
 def test_a_graph_of_what_is_spent_is_restored_before_each_replay(monkeypatch):
@@ -253,7 +288,7 @@ def test_targets_name_rows_that_there_are():
 
 def test_csv_is_added_to_and_never_mixed(tmp_path):
     path = tmp_path / "rows.csv"
-    rows = runner.run_rows([], TOY, timing.QUICK)
+    rows = run_rows([])
     records.append_csv(path, rows)
     records.append_csv(path, rows)
     assert path.read_text().splitlines()[0] == COLUMNS
