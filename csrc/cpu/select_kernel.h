@@ -10,6 +10,11 @@
 
 namespace granet::cpu::GRANET_ISA {
 
+// How far ahead numbers are fetched, 5 KiB of fp32: a page and a bit, since the processor's own prefetchers stop at the
+// end of each page, and what is done with a block is too long for the next one's loads to be under way. On a Zen 4
+// choosing takes 0.8 of the time on one thread (16 to 64 blocks alike, 4 gain half of it), on two 0.9.
+constexpr int64_t kBlocksAhead = 20;
+
 GRANET_INLINE uint64_t load_word(const uint8_t* address) {
   uint64_t word;
   __builtin_memcpy(&word, address, sizeof word);
@@ -64,6 +69,13 @@ GRANET_INLINE uint64_t greater(typename Vector<Key, bytes>::Type a, typename Vec
 #endif
 }
 
+// The lines of a block, which may lie behind the end.
+template <typename Bits>
+GRANET_INLINE void fetch(const Bits* block) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Bits));
+  for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(block + i);
+}
+
 // The keys above `bound` among 64.
 template <typename Key>
 GRANET_INLINE uint64_t greater_bits(const Key* keys, Key bound) {
@@ -110,6 +122,7 @@ struct Passes {
       const int64_t count = slice.count - i < kBlock ? slice.count - i : kBlock;
       const uint64_t bits = slice.bits == nullptr ? 0 : load_word(slice.bits + first / 8);
       const uint64_t eligible = (bits ^ slice.flip) & low_bits(count);
+      fetch(static_cast<const Bits*>(slice.values) + first + kBlocksAhead * kBlock);
       if (eligible != 0) block_keys(slice.values, first, count, block);
       visit(i, eligible, block);
     }
@@ -231,6 +244,7 @@ struct Zero {
     for (int64_t i = 0; i < count; i += kBlock) {
       const uint64_t word = load_word(keep + (first + i) / 8);
       Bits* block = static_cast<Bits*>(values) + first + i;
+      fetch(block + kBlocksAhead * kBlock);
       if (count - i < kBlock) {
         for (int64_t j = 0; j < count - i; ++j) block[j] = (word >> j & 1) != 0 ? block[j] : Bits{0};
       } else if (~word != 0) {

@@ -18,6 +18,12 @@ constexpr int64_t kWordGroups = 8;  // mask bytes that are looked at together
 constexpr int64_t kPrefetchGroups = 32;
 constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
 
+// Words of the mask, 256 bytes of each fp32 tensor, by which the lines of every group are fetched ahead, into the first
+// level: the processor's own prefetchers stop at the end of each page. On a Zen 4 that takes 0.93 of the time on one
+// thread (8 to 12 words alike; 4 and 6, or the second level, gain nothing), and as long on two, which wait for memory.
+constexpr int64_t kWordsAhead = 10;
+constexpr int kFirstLevel = 3;
+
 template <typename P, typename M>
 class SgdUpdate {
   using G = Compute<P>;
@@ -42,6 +48,7 @@ class SgdUpdate {
     for (int64_t g = 0; g < whole; g += kWordGroups) {
       uint64_t word;
       __builtin_memcpy(&word, chunk.mask + g, sizeof word);
+      for (int64_t i = 0; i < kWordGroups; ++i) prefetch<kFirstLevel>(chunk, g + kWordsAhead * kWordGroups + i);
       if (word == ~uint64_t{0}) {
         for (int64_t i = 0; i < kWordGroups; ++i) group<true>(chunk, g + i, kAll);
       } else if (word != 0) {
@@ -56,9 +63,11 @@ class SgdUpdate {
 
   // The listed groups of the chunk.
   void listed_groups(const SgdChunk& chunk) const {
-    for (int64_t i = 0; i < kPrefetchGroups && i < chunk.group_count; ++i) prefetch(chunk, chunk.groups[i]);
+    for (int64_t i = 0; i < kPrefetchGroups && i < chunk.group_count; ++i) {
+      prefetch<kSecondLevel>(chunk, chunk.groups[i]);
+    }
     for (int64_t i = 0; i < chunk.group_count; ++i) {
-      prefetch(chunk, chunk.groups[i + kPrefetchGroups < chunk.group_count ? i + kPrefetchGroups : i]);
+      prefetch<kSecondLevel>(chunk, chunk.groups[i + kPrefetchGroups < chunk.group_count ? i + kPrefetchGroups : i]);
       group<false>(chunk, chunk.groups[i], chunk.mask[chunk.groups[i]]);
     }
   }
@@ -75,15 +84,11 @@ class SgdUpdate {
     for (int64_t i = 0; i < kMaxLanes; i += n) lanes<all>(param + i, grad + i, momentum + i, mask >> i);
   }
 
-  static void prefetch(const SgdChunk& chunk, int64_t g) {
-    prefetch(static_cast<P*>(chunk.param), g);
-    prefetch(static_cast<const P*>(chunk.grad), g);
-    prefetch(static_cast<M*>(chunk.momentum), g);
-  }
-
-  template <typename T>
-  static void prefetch(T* base, int64_t g) {
-    __builtin_prefetch(base + kMaxLanes * g, 0, kSecondLevel);
+  template <int level>
+  static void prefetch(const SgdChunk& chunk, int64_t g) {  // at any address: what is behind the end is no fault
+    __builtin_prefetch(static_cast<P*>(chunk.param) + kMaxLanes * g, 0, level);
+    __builtin_prefetch(static_cast<const P*>(chunk.grad) + kMaxLanes * g, 0, level);
+    __builtin_prefetch(static_cast<M*>(chunk.momentum) + kMaxLanes * g, 0, level);
   }
 
   template <bool all>
