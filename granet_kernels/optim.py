@@ -133,8 +133,10 @@ class MaskedSGD(torch.optim.SGD):
             plan = self._plans[place] = self._plan(group, grads)
         for batch in plan.plain:
             self._step_plain(batch, batch.of(grads), group)
-        for batch in plan.masked:
-            self._step_masked(batch, batch.of(grads), group)
+        if plan.masked:
+            with torch.set_grad_enabled(False):
+                for batch in plan.masked:
+                    self._step_masked(batch, batch.of(grads), group)
 
     def _facts(
         self, group: dict[str, Any], grads: Sequence[Tensor | None], masks: Sequence[Tensor]
@@ -206,11 +208,10 @@ class MaskedSGD(torch.optim.SGD):
                     self.state[param]["momentum_buffer"] = buffer
 
     def _step_masked(self, batch: _Batch, grads: list[Tensor], group: dict[str, Any]) -> None:
-        for param, grad in zip(batch.params, grads, strict=True):
-            if grad.is_sparse:
-                raise ValueError(
-                    f"params: expected a dense gradient of a masked weight {tuple(param.shape)}, got sparse"
-                )
+        if sparse := [grad.shape for grad in grads if grad.is_sparse]:
+            raise ValueError(
+                f"params: expected a dense gradient of a masked weight {tuple(sparse[0])}, got sparse"
+            )
         momenta = batch.momenta if group["momentum"] != 0 else []
         first = bool(momenta) and momenta[0] is None
         if first:
@@ -219,23 +220,22 @@ class MaskedSGD(torch.optim.SGD):
             for param, buffer in zip(batch.params, momenta, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
         lr, weight_decay = group["lr"], group["weight_decay"]
-        with torch.no_grad():
-            _masked_sgd_(
-                batch.params,
-                grads,
-                momenta,
-                batch.masks,
-                lr=0.0 if isinstance(lr, Tensor) else lr,
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=float(weight_decay),
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                first=first,
-                lr_tensor=lr if isinstance(lr, Tensor) else None,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-            )
+        _masked_sgd_(
+            batch.params,
+            grads,
+            momenta,
+            batch.masks,
+            lr=0.0 if isinstance(lr, Tensor) else lr,
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=float(weight_decay),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first=first,
+            lr_tensor=lr if isinstance(lr, Tensor) else None,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
 
     def _restore_invariant(self, batch: _Batch) -> None:
         """Zero what became inactive behind our back: by hand, or by loading a mask or momentum."""

@@ -106,4 +106,7 @@ def _tensors(args: Any) -> Iterator[Tensor]:
 
 def _increment_versions(tensors: list[Tensor]) -> None:
     """Kernels write through raw pointers, which autograd's version counters do not see."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors have none; asking each of hundreds first takes longer
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
