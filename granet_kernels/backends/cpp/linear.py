@@ -66,9 +66,13 @@ def masked_linear_backward(
         if call is None:
             gradient.copy_(grad_output @ mask_cast(weight, mask, input.dtype))
         else:
-            rows = torch.empty((input.numel() // input.size(-1), input.size(-1)), dtype=input.dtype)
-            is_known = sparse_input_gradient(rows, as_rows(grad_output), weight, mask, call)
-            gradient.copy_(rows.view(input.shape))
+            in_place = gradient.is_contiguous()
+            rows = gradient if in_place else torch.empty(input.shape, dtype=input.dtype)
+            is_known = sparse_input_gradient(
+                rows.view(-1, input.size(-1)), as_rows(grad_output), weight, mask, call
+            )
+            if not in_place:
+                gradient.copy_(rows)
         gradients.append(gradient)
     if needs_weight:
         call = call_of("forward", input, weight, mask, algorithm)
