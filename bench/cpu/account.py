@@ -1,13 +1,16 @@
 """What a sparse layer takes by the sum of its parts, each measured in the same run.
 
     account = the layer without an active weight
-            + what only active weights make it read, at the memory's rate
+            + fetching the values of the active weights, over and over from the same weight
+            + what else only active weights make it read, at the memory's rate
             + its products, at the kernel's rate where all lies in the first-level cache
 
 The first part packs inputs, writes outputs and gradients, compares the mask and passes through
-Python. The second are the lines of the weight that hold active ones, and the inputs of pointwise
-layers, which are read in place by the active weights alone. What a measured layer takes beyond its
-account are cache misses between the parts.
+Python. The third are the index, and the inputs of pointwise layers, which are read in place by the
+active weights alone. What a measured layer takes beyond its account are cache misses between the
+parts, and a weight gradient's way from the order of the index to the weight's.
+
+A network's training step has an account too: the step without an active weight, and the products.
 """
 
 from __future__ import annotations
@@ -16,29 +19,31 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bench.cpu.layers import WITHOUT_WEIGHTS, Shape
-from bench.cpu.race import Race
+from bench.cpu.networks import TRAINING_STEP, Network, products
+from bench.cpu.race import Comparison, Race
 from bench.cpu.rows import Row
 from bench.cpu.shapes import ConvShape
 from bench.cpu.targets import DENSE
 from granet_kernels import MaskedConv2d, MaskedLinear
-from granet_kernels.backends.cpp.index import LONGEST_TILE
+from granet_kernels.backends.cpp.index import LONGEST_TILE, gather
 
 PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 3}
 WEIGHT_READS: Mapping[str, int] = {"forward": 1, "forward+backward": 2}
 FLOAT = 4  # bytes
-LINE = 16  # floats in a line of cache
+ENTRY = 8  # bytes that an index has for an active weight: an offset and a rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Of this machine, on the threads in use."""
+    """Of this machine, on so many threads."""
 
+    threads: int
     bytes_a_ms: float
     """Read from memory."""
     products_a_ms: float
@@ -53,14 +58,16 @@ def account_ms(
     pixels = shape.batch
     if isinstance(shape, ConvShape):
         pixels *= ((shape.side - 1) // shape.stride + 1) ** 2
+    active = weights * (1 - sparsity)
+    read = ENTRY * active * PASSES[measure]
     # Backward the weight is read for the input's gradient.
-    read = FLOAT * weights * (1 - sparsity**LINE) * WEIGHT_READS[measure]
+    fetched = WEIGHT_READS[measure] * fetching_ms(weights, sparsity, rates.threads)
     if _is_in_place(shape):
         inputs, outputs = pixels * shape.weight[1], pixels * shape.weight[0]
         # Backward the gradient of the output for both gradients, and the input.
         read += FLOAT * (inputs if measure == "forward" else 2 * inputs + 2 * outputs)
-    products = PASSES[measure] * weights * (1 - sparsity) * pixels
-    return without_weights_ms + read / rates.bytes_a_ms + products / rates.products_a_ms
+    products = PASSES[measure] * active * pixels
+    return without_weights_ms + fetched + read / rates.bytes_a_ms + products / rates.products_a_ms
 
 
 def _is_in_place(shape: Shape) -> bool:
@@ -80,22 +87,55 @@ def rows_of(
         return []
     measured = rates(threads, None if isinstance(shape, ConvShape) else shape.batch)
     milliseconds = account_ms(shape, measure, sparsity, found.ours_ms, measured)
+    return [_row(found, milliseconds, group, str(shape), measure, threads, sparsity)]
+
+
+def training_rows(
+    race: Race, network: Network, threads: int, sparsities: Sequence[float]
+) -> list[Row]:
+    """Dense over the account of a network's training step, its masks uniform."""
+    found = race.compare(DENSE, WITHOUT_WEIGHTS, TRAINING_STEP)
+    if found is None:
+        return []
+    all_products = PASSES["forward+backward"] * network.batch * products(network)
+    all_ms = all_products / rates(threads).products_a_ms
     return [
-        Row(
-            group=f"{group}-account",
-            case=str(shape),
-            measure=measure,
-            threads=threads,
-            sparsity=sparsity,
-            baseline=DENSE,
-            baseline_variant=found.baseline_variant,
-            baseline_ms=found.baseline_ms,
-            ours="account",
-            ours_ms=milliseconds,
-            speedup=found.baseline_ms / milliseconds,
-            rounds=found.rounds,
+        _row(
+            found,
+            found.ours_ms + (1 - sparsity) * all_ms,
+            "training",
+            str(network),
+            TRAINING_STEP,
+            threads,
+            sparsity,
         )
+        for sparsity in sparsities
     ]
+
+
+def _row(
+    found: Comparison,
+    milliseconds: float,
+    group: str,
+    case: str,
+    measure: str,
+    threads: int,
+    sparsity: float,
+) -> Row:
+    return Row(
+        group=f"{group}-account",
+        case=case,
+        measure=measure,
+        threads=threads,
+        sparsity=sparsity,
+        baseline=DENSE,
+        baseline_variant=found.baseline_variant,
+        baseline_ms=found.baseline_ms,
+        ours="account",
+        ours_ms=milliseconds,
+        speedup=found.baseline_ms / milliseconds,
+        rounds=found.rounds,
+    )
 
 
 @functools.cache
@@ -105,7 +145,18 @@ def rates(threads: int, rows: int | None = None) -> Rates:
     A kernel adds an active weight to eight vectors at once, or as many as there are rows: with few of
     them, finding the weight takes longer than its products.
     """
-    return Rates(bytes_a_ms=_bytes_a_ms(), products_a_ms=_products_a_ms(threads, rows))
+    return Rates(
+        threads=threads, bytes_a_ms=_bytes_a_ms(), products_a_ms=_products_a_ms(threads, rows)
+    )
+
+
+@functools.cache
+def fetching_ms(weights: int, sparsity: float, threads: int) -> float:
+    """Milliseconds to fetch the active ones of so many weights, again and again."""
+    torch.set_num_threads(threads)
+    weight = torch.ones(weights)
+    at = torch.nonzero(torch.rand(weights) >= sparsity).view(-1).int()
+    return _median_ms(lambda: gather(weight, at))
 
 
 def _bytes_a_ms() -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from bench.cpu import networks, peak, verdict
-from bench.cpu.networks import MASKS, SPARSIFIED, Network, Task
+from bench.cpu import account, networks, peak, verdict
+from bench.cpu.networks import MASKS, SPARSIFIED, TRAINING_STEP, Network, Task
 from bench.cpu.race import Race
 from bench.cpu.rows import Row
 from bench.cpu.targets import DENSE, Target
@@ -33,6 +33,8 @@ def measure(
         for name in networks.our_names(task)
     }
     entered = networks.contenders(network, task, sparsities, formats)
+    if task == TRAINING_STEP:
+        entered.append(networks.without_weights(network, formats[SPARSIFIED]))
     done = race(entered, seconds, least)
     rows = []
     for masks in MASKS:
@@ -49,7 +51,7 @@ def measure(
                     masks=masks,
                     baseline=DENSE,
                     ours=ours,
-                    label=f"{name}, MaskedSGD" if task == "training step" else name,
+                    label=f"{name}, MaskedSGD" if task == TRAINING_STEP else name,
                     operator="masked_conv2d" if name == SPARSIFIED else "compressed_conv2d",
                     target=targets.get(sparsity) if masks == "uniform" else None,
                     images=network.batch,
@@ -58,6 +60,8 @@ def measure(
                 if with_peak and (masks, sparsity) == PEAK_AT:
                     row = _with_peak(row, network, task, formats[name], threads, name)
                 rows.append(row)
+    if task == TRAINING_STEP:
+        rows += account.training_rows(done, network, threads, sparsities)
     return rows
 
 

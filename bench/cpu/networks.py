@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import granet_kernels
-from bench.cpu.layers import FORMATS
+from bench.cpu.layers import FORMATS, WITHOUT_WEIGHTS
 from bench.cpu.race import Contender, Run, whole
 from bench.cpu.targets import DENSE
 from granet.distributions import layer_budgets
 from granet.models import create_model
-from granet_kernels import MaskedSGD, masked_layers, sparsify
+from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, masked_layers, sparsify
 
 Task = Literal["inference", "training step"]
+TRAINING_STEP: Task = "training step"
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 MASKS = ("uniform", "erk")
 SPARSIFIED, COMPRESSED = "sparsify", "compress"
+DENSE_ENDS = ("conv1", "fc")
+"""What uniform masks leave dense, as is usual with them (and as SparseProp's figures were taken)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,10 @@ QUICK_RESNET18 = Network("ResNet-18", "resnet18_cifar", 10, 32, 8)
 
 
 def sparse_model(network: Network, sparsity: float, masks: str) -> nn.Module:
-    """Random masks. Uniform ones leave the stem and the classifier dense, as is usual with them (and
-    as SparseProp's figures were taken); ERK has every layer, and decides by itself what is dense.
+    """Random masks. Uniform ones leave the stem and the classifier dense; ERK has every layer, and
+    decides by itself what is dense.
     """
-    dense_ends = ("conv1", "fc") if masks == "uniform" else ()
-    model = sparsify(network.build(), exclude=dense_ends)
+    model = sparsify(network.build(), exclude=DENSE_ENDS if masks == "uniform" else ())
     layers = list(masked_layers(model).values())
     shapes = [tuple(layer.weight.shape) for layer in layers]
     g = torch.Generator().manual_seed(2)
@@ -110,6 +112,34 @@ def contenders(
                 for name, memory_format in formats.items()
             ]
     return entered
+
+
+def without_weights(network: Network, memory_format: str) -> Contender:
+    """Training steps of the uniformly sparse network with no active weight: all but the products."""
+
+    def build() -> Run:
+        model = sparsify(network.build(), exclude=DENSE_ENDS)
+        for layer in masked_layers(model).values():
+            layer.mask = torch.zeros_like(layer.weight, dtype=torch.bool)  # type: ignore[assignment]
+        return _training(network, model, memory_format, MaskedSGD)
+
+    return Contender(role=WITHOUT_WEIGHTS, variant=memory_format, build=build)
+
+
+def products(network: Network) -> int:
+    """What an image takes forward through the layers that uniform masks make sparse, all active."""
+    model = sparsify(network.build(), exclude=DENSE_ENDS).eval()
+    counts = []
+
+    def count(layer: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(layer, MaskedConv2d | MaskedLinear)
+        counts.append(layer.weight[0].numel() * output.numel())
+
+    for layer in masked_layers(model).values():
+        layer.register_forward_hook(count)
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, network.side, network.side))
+    return sum(counts)
 
 
 @functools.cache
