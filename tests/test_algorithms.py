@@ -71,6 +71,49 @@ def test_whoever_writes_to_mask_or_weight_is_noticed(algorithm):
     torch.testing.assert_close(gradient, expected)
 
 
+def test_backward_uses_the_weight_that_it_is_given():
+    """And not what an earlier forward pass fetched from another one, or an earlier version of it."""
+    mask = pack_mask(torch.rand(8, 16) < 0.5)
+    x, gradient = torch.randn(4, 16), torch.randn(4, 8)
+    flag = torch.tensor(False)
+
+    def input_gradient(weight, dtype=torch.float32):
+        (result,) = torch.ops.granet.masked_linear_backward(
+            *(gradient.to(dtype), x.to(dtype), weight, mask, None, flag),
+            [True, False, False],
+            algorithm="sparse",
+        )
+        return result
+
+    def expected(weight, dtype=torch.float32):
+        return gradient.to(dtype) @ mask_cast(weight, mask, dtype)
+
+    first, second = torch.randn(8, 16), torch.randn(8, 16)
+    torch.ops.granet.masked_linear(x, first, mask, None, algorithm="sparse")
+    torch.testing.assert_close(input_gradient(first), expected(first))
+    torch.testing.assert_close(input_gradient(second), expected(second))
+    first.mul_(2)
+    torch.testing.assert_close(input_gradient(first), expected(first))
+    low = torch.bfloat16
+    torch.ops.granet.masked_linear(x.to(low), first, mask, None, algorithm="sparse")
+    torch.testing.assert_close(input_gradient(first, low), expected(first, low))
+    torch.testing.assert_close(input_gradient(first), expected(first))  # not rounded to bfloat16
+
+
+def test_layers_train_from_inference_tensors_and_under_other_defaults():
+    layer = MaskedLinear(16, 8)
+    layer.algorithm = "sparse"
+    with torch.inference_mode():
+        loaded = copy.deepcopy(layer)
+        assert torch.equal(loaded(torch.ones(2, 16)), layer(torch.ones(2, 16)))
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer(torch.ones(2, 16, dtype=torch.float32)).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.weight.grad is not None
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bits_behind_the_last_weight_change_nothing(algorithm):
     layer = MaskedConv2d(3, 3, 1)

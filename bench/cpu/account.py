@@ -34,7 +34,6 @@ from granet_kernels import MaskedConv2d, MaskedLinear
 from granet_kernels.backends.cpp.index import LONGEST_TILE, gather
 
 PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 3}
-WEIGHT_READS: Mapping[str, int] = {"forward": 1, "forward+backward": 2}
 FLOAT = 4  # bytes
 ENTRY = 8  # bytes that an index has for an active weight: an offset and a rank
 
@@ -60,8 +59,7 @@ def account_ms(
         pixels *= ((shape.side - 1) // shape.stride + 1) ** 2
     active = weights * (1 - sparsity)
     read = ENTRY * active * PASSES[measure]
-    # Backward the weight is read for the input's gradient.
-    fetched = WEIGHT_READS[measure] * fetching_ms(weights, sparsity, rates.threads)
+    fetched = fetching_ms(weights, sparsity, rates.threads)  # forward; backward has them
     if _is_in_place(shape):
         inputs, outputs = pixels * shape.weight[1], pixels * shape.weight[0]
         # Backward the gradient of the output for both gradients, and the input.

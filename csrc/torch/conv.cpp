@@ -210,20 +210,24 @@ bool are_those_of(const Tensor& bits, const Tensor& mask) {
   return bits.numel() == mask.numel() && std::memcmp(bits.const_data_ptr(), mask.const_data_ptr(), size) == 0;
 }
 
-// The active weights in the order of an index's entries, in float32. They are fetched in storage order first: what
-// takes time is the cache lines of the weight.
-Tensor values_of(const Tensor& weight, const Known& known, const std::vector<Tensor>& index, bool to_bfloat16) {
+// The active weights in the order of an index's entries, in float32. They are fetched in storage order first, into
+// `stored`, unless they are there: what takes time is the cache lines of the weight.
+Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored, bool is_fetched,
+                 const std::vector<Tensor>& index, bool to_bfloat16) {
   const int64_t count = known.positions.numel();
   STD_TORCH_CHECK(index.size() == 3 && index[2].numel() == count, "index: expected ", count, " entries");
   check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
-  Tensor values = torch::stable::new_empty(known.positions, {2, count}, ScalarType::Float);
-  auto* ordered = static_cast<float*>(values.mutable_data_ptr());
-  float* stored = ordered + count;
+  check_contiguous(stored, ScalarType::Float, "stored", "float32");
+  STD_TORCH_CHECK(stored.numel() == count, "stored: expected ", count, " elements, got ", stored.numel());
+  Tensor values = torch::stable::new_empty(stored, {count}, ScalarType::Float);
   const TorchThreads threads(static_cast<double>(count) * 2);
-  cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
-              static_cast<const int32_t*>(known.positions.const_data_ptr()), count, to_bfloat16, stored, threads);
-  cpu::gather(stored, cpu::Element::kFloat32, static_cast<const int32_t*>(index[2].const_data_ptr()), count, false,
-              ordered, threads);
+  if (!is_fetched) {
+    cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
+                static_cast<const int32_t*>(known.positions.const_data_ptr()), count, to_bfloat16,
+                static_cast<float*>(stored.mutable_data_ptr()), threads);
+  }
+  cpu::gather(stored.const_data_ptr(), cpu::Element::kFloat32, static_cast<const int32_t*>(index[2].const_data_ptr()),
+              count, false, static_cast<float*>(values.mutable_data_ptr()), threads);
   return values;
 }
 
@@ -275,29 +279,33 @@ void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor
            shape_of(numbers), in_place);
 }
 
-// With a weight and its mask. False, and nothing done, where the mask has other bits than the index was built from.
-bool masked_conv_(Tensor target, Tensor input, Tensor weight, Tensor mask, std::vector<Tensor> known_tensors,
-                  std::vector<Tensor> index, std::optional<Tensor> bias, std::vector<int64_t> numbers, bool in_place) {
+// With a weight and its mask; `stored` takes the values of the active weights. False, and nothing done, where the mask
+// has other bits than the index was built from.
+bool masked_conv_(Tensor target, Tensor input, Tensor weight, Tensor stored, Tensor mask,
+                  std::vector<Tensor> known_tensors, std::vector<Tensor> index, std::optional<Tensor> bias,
+                  std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
   check_weight(weight, shape, "weight");
   const Known known = known_of(known_tensors, shape.weights());
   if (!are_those_of(known.bits, mask)) return false;
   const bool to_bfloat16 = input.scalar_type() == ScalarType::BFloat16;  // computed in the input's dtype
-  const Tensor values = values_of(weight, known, index, to_bfloat16);
+  const Tensor values = values_of(weight, known, stored, false, index, to_bfloat16);
   convolve(target, input, static_cast<const float*>(values.const_data_ptr()), index, bias, std::nullopt, false, shape,
            in_place);
   return true;
 }
 
-bool masked_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor weight, Tensor mask,
-                                 std::vector<Tensor> known_tensors, std::vector<Tensor> index,
+// `stored` as above; where `is_fetched` it holds the values already.
+bool masked_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor weight, Tensor stored, bool is_fetched,
+                                 Tensor mask, std::vector<Tensor> known_tensors, std::vector<Tensor> index,
                                  std::vector<int64_t> numbers, bool in_place) {
   const ConvShape shape = shape_of(numbers);
   check_weight(weight, shape, "weight");
   check_in_place(shape, in_place);
   const Known known = known_of(known_tensors, shape.weights());
   if (!are_those_of(known.bits, mask)) return false;
-  const Tensor values = values_of(weight, known, index, gradient.scalar_type() == ScalarType::BFloat16);
+  const bool to_bfloat16 = gradient.scalar_type() == ScalarType::BFloat16;
+  const Tensor values = values_of(weight, known, stored, is_fetched, index, to_bfloat16);
   const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, static_cast<const float*>(values.const_data_ptr()));
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
@@ -357,11 +365,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");
   m.def(
-      "masked_conv_(Tensor(a!) target, Tensor input, Tensor weight, Tensor mask, Tensor[] known, Tensor[] index, "
-      "Tensor? bias, int[] shape, bool in_place) -> bool");
+      "masked_conv_(Tensor(a!) target, Tensor input, Tensor weight, Tensor(b!) stored, Tensor mask, Tensor[] known, "
+      "Tensor[] index, Tensor? bias, int[] shape, bool in_place) -> bool");
   m.def(
-      "masked_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor weight, Tensor mask, Tensor[] "
-      "known, Tensor[] index, int[] shape, bool in_place) -> bool");
+      "masked_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor weight, Tensor(b!) stored, bool "
+      "is_fetched, Tensor mask, Tensor[] known, Tensor[] index, int[] shape, bool in_place) -> bool");
   m.def(
       "masked_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor mask, Tensor[] "
       "known, Tensor[] index, int[] shape, bool in_place) -> bool");

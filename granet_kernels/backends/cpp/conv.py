@@ -201,9 +201,13 @@ def sparse_output(
     False, and nothing is written, where the mask has other bits than the call was made for.
     """
     bias = None if bias is None else bias.to(input.dtype).float().contiguous()
+    known, entries, shape, in_place, fetched = call
+    stored = room_for(known[1])
     done: bool = torch.ops.granet_cpp.masked_conv_.default(
-        output, input, weight, mask, call.known, call.entries, bias, call.shape, call.in_place
+        output, input, weight, stored, mask, known, entries, bias, shape, in_place
     )
+    if done:
+        fetched.keep(weight, input.dtype, stored)
     return done
 
 
@@ -212,8 +216,14 @@ def sparse_input_gradient(
 ) -> bool:
     """Write the input's gradient, computed from the active weights alone; False as above."""
     target = evenly_spaced(gradient)
+    known, entries, shape, in_place, fetched = call
+    stored = fetched.values(weight, gradient.dtype)
+    is_fetched = stored is not None
+    if stored is None:
+        stored = room_for(known[1])
     done: bool = torch.ops.granet_cpp.masked_conv_input_gradient_.default(
-        *(target, evenly_spaced(grad_output), weight, mask), *call
+        *(target, evenly_spaced(grad_output), weight, stored, is_fetched),
+        *(mask, known, entries, shape, in_place),
     )
     if target is not gradient:
         gradient.copy_(target)
@@ -225,9 +235,15 @@ def sparse_weight_gradient(
 ) -> bool:
     """Write the weight's gradient: computed where active, zero elsewhere; False as above."""
     done: bool = torch.ops.granet_cpp.masked_conv_weight_gradient_.default(
-        *(gradient, evenly_spaced(grad_output), evenly_spaced(input), mask), *call
+        *(gradient, evenly_spaced(grad_output), evenly_spaced(input), mask),
+        *(call.known, call.entries, call.shape, call.in_place),
     )
     return done
+
+
+def room_for(positions: Tensor) -> Tensor:
+    """For the values of the active weights at these positions."""
+    return torch.empty(positions.shape, dtype=torch.float32, device="cpu")
 
 
 def conv_shape(
