@@ -117,7 +117,8 @@ def test_published_refuses():
 
 
 def test_byte_accounts():
-    assert (step.FUSED, step.UNFUSED, step.MASKING) == (20, 44, 24)
+    assert (step.FUSED, step.MASKING) == (20, 24)
+    assert step.ACCESSES == {"fused": 5, "foreach": 11, "single": 11}
     assert step_bytes(10) == 240
     assert prune_bytes(10) == 10 * (8 + 8 + 20 + 8 + 5 + 5 + 24 + 4)
     drop_regrow = 4 + 5 + 8 + 16 + 5 + 1 + 8 + 17 + 8 + 16 + 5
