@@ -41,7 +41,7 @@ def test_entries_come_back_and_are_plain(trainer: Trainer, tmp_path: Path) -> No
     save_checkpoint(path, entries)
     assert same(load_checkpoint(path).entries | entries, load_checkpoint(path).entries)
     content = torch.load(path, weights_only=True)
-    assert (content["format"], content["version"]) == ("granet-checkpoint", 1)
+    assert (content["format"], content["version"]) == ("granet-checkpoint", 2)
     assert load_checkpoint(path).config == trainer.config
     umask_default = tmp_path / "touched"
     umask_default.touch()
@@ -109,8 +109,8 @@ def test_a_damaged_file_is_refused(
     ("content", "message"),
     [
         ({"weight": torch.zeros(2)}, "expected a granet checkpoint, got another kind of file"),
-        ({"format": "granet-checkpoint", "version": 9}, "expected checkpoint version 1, got 9"),
-        ({"format": "granet-checkpoint", "version": 1}, "expected entries .*'model'"),
+        ({"format": "granet-checkpoint", "version": 9}, "expected checkpoint version 2, got 9"),
+        ({"format": "granet-checkpoint", "version": 2}, "expected entries .*'model'"),
         (nn.Linear(2, 2), "expected a granet checkpoint, got: "),
     ],
     ids=["state_dict", "version", "entries", "pickled module"],

@@ -51,7 +51,12 @@ def test_help_names_every_flag_and_its_default() -> None:
 
 BAD_VALUES = {
     "sparsity": (1.2, "a number in [0, 1)"),
-    "init_sparsity": (0.95, "at most the final sparsity 0.9"),
+    "init_sparsity": (0.95, "a number from 0 to the final sparsity 0.9"),
+    "method": (
+        "rigel",
+        "one of dense, granet, gmp, rigl, rigl-itop, set, static, snip, grasp, synflow, "
+        "lottery-ticket, one-shot",
+    ),
     "epochs": (0, "a whole number of at least 1"),
     "batch_size": (2.5, "a whole number"),
     "grad_accum_steps": (True, "a whole number"),
@@ -62,7 +67,8 @@ BAD_VALUES = {
     "warmup_epochs": (-1.0, "a number of at least 0"),
     "smoothing": (1, "a number in [0, 1)"),
     "clip_grad": (0, "a number above 0"),
-    "drop_fraction": (1.5, "a number in [0, 1]"),
+    "drop_fraction": ("half", "a number or none"),
+    "score_batches": (0, "a whole number of at least 1"),
     "val_split": (0, "a number in (0, 1)"),
     "update_freq": (0.5, "a whole number or text"),
     "dataset": ("mnist", "one of digits, fashion-mnist, cifar10, cifar100, imagefolder"),
@@ -81,7 +87,15 @@ def test_a_bad_value_is_named_and_shown(name: str) -> None:
 
 
 def test_a_dense_run_ignores_the_initial_sparsity() -> None:
-    assert TrainConfig(method="dense", sparsity=0.0).init_sparsity == 0.5
+    assert TrainConfig(method="dense", sparsity=0.0, init_sparsity=0.5).init_sparsity == 0.5
+
+
+def test_a_setting_that_a_method_does_not_have_is_refused() -> None:
+    message = "grow: rigl has no such setting; it has distribution, erk_power, floor, drop_fraction"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        TrainConfig(method="rigl", grow="random")
+    with pytest.raises(ValueError, match="erk_power: expected distribution erk with it, got 2"):
+        TrainConfig(distribution="uniform", erk_power=2.0)
 
 
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:

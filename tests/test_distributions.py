@@ -7,9 +7,12 @@ import pytest
 
 from granet.distributions import (
     DISTRIBUTIONS,
+    Explicit,
+    ScaledErk,
     active_budget,
     active_fraction,
     apportion,
+    er,
     erk,
     layer_budgets,
     solve_erk,
@@ -319,5 +322,38 @@ def test_layer_budgets_edge_cases():
         ValueError, match=r"^sparsity: 0 active .* largest feasible sparsity: 0\.0$"
     ):
         layer_budgets([(1,)], 0.9, "erk")
-    with pytest.raises(ValueError, match=r"^distribution: expected one of erk, uniform, got 'er'$"):
-        layer_budgets([(2, 2)], 0.5, "er")
+    with pytest.raises(
+        ValueError, match=r"^distribution: expected one of erk, er, uniform.*got 'erdos'$"
+    ):
+        layer_budgets([(2, 2)], 0.5, "erdos")
+
+
+# --- other rules ----------------------------------------------------------------------------------
+
+
+def test_er_leaves_the_kernel_out():
+    shapes = [(8, 4, 3, 3), (16, 8)]
+    first, second = er(shapes, 0.9)
+    assert first / second == pytest.approx((12 / 32) / (24 / 128))
+    assert 288 * first + 128 * second == pytest.approx(41.6)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_a_power_of_the_quotient(power):
+    shapes = [(64, 32, 3, 3), (128, 64)]
+    first, second = ScaledErk(power)(shapes, 0.95)
+    quotient = ((64 + 32 + 6) / (64 * 32 * 9)) / (192 / (128 * 64))
+    assert first / second == pytest.approx(quotient**power)
+    total = 64 * 32 * 9 * first + 128 * 64 * second
+    assert total == pytest.approx(0.05 * (64 * 32 * 9 + 128 * 64))
+
+
+def test_explicit_sparsities():
+    shapes = [(10, 10), (10, 20)]
+    assert layer_budgets(shapes, 0.8, Explicit((0.5, 0.95))) == [50, 10]
+    # On the way there the proportions are kept as far as sizes allow.
+    assert sum(layer_budgets(shapes, 0.5, Explicit((0.5, 0.95)))) == 150
+    with pytest.raises(ValueError, match="distribution: expected a sparsity for each of 2 layers"):
+        Explicit((0.5,))(shapes, 0.5)
+    with pytest.raises(ValueError, match="power: expected a number of at least 0, got -1"):
+        ScaledErk(-1)(shapes, 0.5)

@@ -317,7 +317,7 @@ def test_official_rounding_reproduces_the_published_counts():
 
 def test_drop_fraction_may_be_a_schedule():
     _, _, sparsifier = run(drop_fraction=Constant(value=0.2))
-    assert sparsifier.drop_fraction(7) == 0.2
+    assert sparsifier.plan.drop_fraction(7) == 0.2
     _, _, sparsifier = run(drop_fraction=0.0)
     assert sum(sparsifier.active_counts()) == sparsifier.target_active
 
@@ -389,6 +389,17 @@ def test_methods_are_registered():
         ({"sparsity": 1.0}, "sparsity: expected a number in [0, 1), got 1.0"),
         ({"sparsity": -0.1}, "sparsity: expected a number in [0, 1), got -0.1"),
         ({"initial_sparsity": 0.95}, "initial_sparsity: expected at most sparsity, 0.9, got 0.95"),
+        ({"floor": -1}, "floor: expected an integer of at least 0, got -1"),
+        ({"ramp": "steep"}, "ramp: expected one of cubic, linear, cosine, sigmoid, constant, or a"),
+        ({"drop": "largest"}, "drop: expected one of magnitude, sign, random, got 'largest'"),
+        (
+            {"grow": "magnitude"},
+            "grow: expected one of gradient, momentum, random, got 'magnitude'",
+        ),
+        ({"redistribution": "all"}, "redistribution: expected one of none, magnitude, momentum"),
+        ({"regrown": "old"}, "regrown: expected one of keep, zero, layer_mean, got 'old'"),
+        ({"drop_schedule": "step"}, "drop_schedule: expected one of cosine, linear, constant"),
+        ({"init": "zeros"}, "init: expected 'masks' or 'from_zeros', got 'zeros'"),
         ({"sparsity": 0.9999}, "largest feasible sparsity: 0.99"),
         (
             {"total_steps": 4},
@@ -397,7 +408,7 @@ def test_methods_are_registered():
         ({"update_every": 0}, "update_every: expected at least 1 step, got 0"),
         ({"prune_until": "half"}, "prune_until: expected a step or a percentage"),
         ({"prune_until": 61}, "prune_until: expected a step in [0, 60], got 61"),
-        ({"distribution": "er"}, "distribution: expected one of erk, uniform, got 'er'"),
+        ({"distribution": "er-k"}, "distribution: expected one of erk, er, uniform"),
         ({"scope": "local"}, "scope: expected 'global' or 'layer', got 'local'"),
         ({"drop_fraction": 1.5}, "drop_fraction: expected a number in [0, 1], got 1.5"),
     ],
@@ -425,7 +436,7 @@ def test_an_optimizer_of_other_parameters_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(method="RigL"), "expected method 'GraNet', got 'RigL'"),
+        (lambda s: s.update(method="rigl"), "expected method 'granet', got 'rigl'"),
         (
             lambda s: s["settings"].update(sparsity=0.8),
             "expected settings['sparsity'] 0.9, got 0.8",
@@ -435,7 +446,7 @@ def test_an_optimizer_of_other_parameters_is_refused():
             lambda s: s["masks"].update({"0": torch.zeros(16, dtype=torch.uint8)}),
             "masks['0']: expected",
         ),
-        (lambda s: s.update(version=99), "expected version 1, got 99"),
+        (lambda s: s.update(version=99), "expected version 2, got 99"),
         (lambda s: s.pop("steps"), "steps"),
         (lambda s: s.update(steps="7"), "expected steps from 0 to 60, got '7'"),
         (lambda s: s.update(steps=-1), "expected steps from 0 to 60, got -1"),

@@ -40,8 +40,8 @@ def test_the_example_method_of_contributing():
     names = {}
     exec(block, names)
     model = sparsify(a_model())
-    optimizer = MaskedSGD(model.parameters(), lr=0.01)
-    method = names["SET"](model, optimizer, sparsity=0.8, total_steps=25, update_every=5)
+    optimizer = MaskedSGD(model.parameters(), lr=0.01, momentum=0.9)
+    method = names["SNFS"](model, optimizer, sparsity=0.8, total_steps=25, update_every=5)
     before = [layer.mask for layer in method.layers.values()]
     for x, y in a_loader():
         nn.functional.cross_entropy(model(x), y).backward()

@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from granet.schedules import Constant, CosineDecay, CubicRamp, UpdateClock, as_step
+from granet.schedules import (
+    CURVES,
+    Constant,
+    CosineDecay,
+    Ramp,
+    UpdateClock,
+    as_drop_schedule,
+    as_step,
+)
 
 # ResNet-50 on ImageNet: 100 epochs of 10009 steps, pruning from 0 to epoch 30, update every 4000.
 IMAGENET = {"initial": 0.5, "final": 0.8, "begin": 0, "end": 30 * 10009, "every": 4000}
@@ -12,7 +20,7 @@ IMAGENET = {"initial": 0.5, "final": 0.8, "begin": 0, "end": 30 * 10009, "every"
 CIFAR = {"initial": 0.5, "final": 0.9, "begin": 0, "end": 80 * 352, "every": 1000}
 
 
-def prunes(ramp: CubicRamp, total_steps: int) -> list[int]:
+def prunes(ramp: Ramp, total_steps: int) -> list[int]:
     return [step for step in range(0, total_steps, ramp.every) if ramp.prunes_at(step)]
 
 
@@ -90,12 +98,12 @@ def test_rounding_never_carries_a_value_past_the_end():
     assert CosineDecay(initial=0.013, total_steps=10**9)(1) == 0.013
     # And 0.05 + (0.21 - 0.05) < 0.21.
     assert CosineDecay(initial=0.21, floor=0.05, total_steps=10)(0) == 0.21
-    ramp = CubicRamp(initial=0.03, final=0.29, begin=0, end=10**6, every=1)
+    ramp = Ramp(initial=0.03, final=0.29, begin=0, end=10**6, every=1)
     assert ramp(10**6 - 1) == ramp(10**6) == 0.29
 
 
 def test_exact_ramp_listed():
-    ramp = CubicRamp(initial=0.1, final=0.9, begin=10, end=50, every=10)
+    ramp = Ramp(initial=0.1, final=0.9, begin=10, end=50, every=10)
     after = {0: 0.1, 10: 0.1, 20: 0.5625, 30: 0.8, 40: 0.8875, 50: 0.9, 60: 0.9}
     assert [ramp(step) for step in after] == pytest.approx(list(after.values()), abs=1e-15)
     assert [ramp(step + 9) for step in after] == [ramp(step) for step in after]
@@ -104,7 +112,7 @@ def test_exact_ramp_listed():
 
 
 def test_official_ramp_listed():
-    ramp = CubicRamp(initial=0.1, final=0.9, begin=10, end=50, every=10, official_rounding=True)
+    ramp = Ramp(initial=0.1, final=0.9, begin=10, end=50, every=10, official_rounding=True)
     after = {0: 0.1, 10: 0.1, 20: 0.5625, 30: 0.8, 40: 0.8875, 50: 0.8875, 60: 0.8875}
     assert [ramp(step) for step in after] == pytest.approx(list(after.values()), abs=1e-15)
     assert [ramp(step + 9) for step in after] == [ramp(step) for step in after]
@@ -124,16 +132,14 @@ def test_official_ramp_listed():
     ],
 )
 def test_ramp_ends_between_updates(begin, end, official, expected):
-    ramp = CubicRamp(
-        initial=0, final=0.5, begin=begin, end=end, every=10, official_rounding=official
-    )
+    ramp = Ramp(initial=0, final=0.5, begin=begin, end=end, every=10, official_rounding=official)
     assert prunes(ramp, 100) == expected
     assert ramp(expected[0] - 1) == 0
     assert official or ramp(expected[-1]) == 0.5
 
 
 def test_imagenet_official_ramp():
-    ramp = CubicRamp(**IMAGENET, official_rounding=True)
+    ramp = Ramp(**IMAGENET, official_rounding=True)
     steps = prunes(ramp, 100 * 10009)
     assert len(steps) == 74
     assert (steps[0], steps[-1]) == (4_000, 296_000)
@@ -143,7 +149,7 @@ def test_imagenet_official_ramp():
 
 
 def test_cifar_official_ramp():
-    ramp = CubicRamp(**CIFAR, official_rounding=True)
+    ramp = Ramp(**CIFAR, official_rounding=True)
     steps = prunes(ramp, 160 * 352)
     assert len(steps) == 27
     assert round(ramp(steps[0]), 7) == 0.5413448
@@ -152,7 +158,7 @@ def test_cifar_official_ramp():
 
 def test_official_ramp_in_the_published_order_of_operations():
     # Densities as one types them for the published code; equal to the last bit.
-    ramp = CubicRamp(**IMAGENET, official_rounding=True)
+    ramp = Ramp(**IMAGENET, official_rounding=True)
     for index in range(1, 75):
         decay = (1 - (index / 75)) ** 3
         assert ramp(4000 * index) == (1 - 0.5) + (0.5 - 0.2) * (1 - decay)
@@ -162,9 +168,7 @@ def test_official_ramp_in_the_published_order_of_operations():
     ("updates", "sparsity", "printed"), [(4, 0.9 - 0.4 / 64, 0.894), (2, 0.9 - 0.4 / 8, 0.851)]
 )
 def test_official_short_ramp_misses_its_target(updates, sparsity, printed):
-    ramp = CubicRamp(
-        initial=0.5, final=0.9, begin=0, end=10 * updates, every=10, official_rounding=True
-    )
+    ramp = Ramp(initial=0.5, final=0.9, begin=0, end=10 * updates, every=10, official_rounding=True)
     assert ramp(1000) == pytest.approx(sparsity, abs=1e-15)
     # What a run of the published code reached, its own counting of weights included.
     assert ramp(1000) == pytest.approx(printed, abs=1.1e-3)
@@ -172,12 +176,12 @@ def test_official_short_ramp_misses_its_target(updates, sparsity, printed):
 
 @pytest.mark.parametrize(("run", "number"), [(IMAGENET, 75), (CIFAR, 28)])
 def test_exact_ramp_lands_on_its_target(run, number):
-    ramp = CubicRamp(**run)
+    ramp = Ramp(**run)
     steps = prunes(ramp, 2 * run["end"])
     assert len(steps) == number
     assert ramp(steps[-1]) == run["final"] == ramp(10**9)
     assert ramp(steps[-2]) < run["final"]
-    official = CubicRamp(**run, official_rounding=True)
+    official = Ramp(**run, official_rounding=True)
     assert [ramp(s) for s in steps[:-1]] == pytest.approx([official(s) for s in steps[:-1]])
 
 
@@ -186,7 +190,7 @@ def test_exact_ramp_lands_on_its_target(run, number):
 @pytest.mark.parametrize("initial", [0.0, 0.1, 0.3])
 def test_ramp_is_monotone(initial, final, official):
     for updates in (2, 3, 7, 1000):
-        ramp = CubicRamp(
+        ramp = Ramp(
             initial=initial,
             final=final,
             begin=0,
@@ -201,7 +205,7 @@ def test_ramp_is_monotone(initial, final, official):
 
 
 def test_level_ramp_stays():
-    ramp = CubicRamp(initial=0.7, final=0.7, begin=0, end=30, every=10)
+    ramp = Ramp(initial=0.7, final=0.7, begin=0, end=30, every=10)
     assert {ramp(step) for step in range(50)} == {0.7}
 
 
@@ -222,9 +226,7 @@ def test_ramp_refuses_to_hold_no_update(begin, end, every, official):
         f"update_every={every}{' and official_rounding=True' if official else ''};"
     )
     with pytest.raises(ValueError, match=message):
-        CubicRamp(
-            initial=0, final=0.9, begin=begin, end=end, every=every, official_rounding=official
-        )
+        Ramp(initial=0, final=0.9, begin=begin, end=end, every=every, official_rounding=official)
 
 
 @pytest.mark.parametrize(
@@ -273,23 +275,23 @@ RAMP = {"initial": 0.0, "final": 0.9, "begin": 0, "end": 100, "every": 10}
             "total_steps: expected an integer of at least 1, got 0",
         ),
         (
-            lambda: CubicRamp(**RAMP | {"final": 1.0}),
+            lambda: Ramp(**RAMP | {"final": 1.0}),
             r"final: expected a number in \[0, 1\), got 1",
         ),
         (
-            lambda: CubicRamp(**RAMP | {"initial": -0.1}),
+            lambda: Ramp(**RAMP | {"initial": -0.1}),
             r"initial: expected a number in \[0, 1\), got -0.1",
         ),
         (
-            lambda: CubicRamp(**RAMP | {"initial": 0.95}),
+            lambda: Ramp(**RAMP | {"initial": 0.95}),
             "final: expected a sparsity of at least initial=0.95, got 0.9",
         ),
         (
-            lambda: CubicRamp(**RAMP | {"every": 0}),
+            lambda: Ramp(**RAMP | {"every": 0}),
             "every: expected an integer of at least 1, got 0",
         ),
-        (lambda: CubicRamp(**RAMP | {"begin": -1}), "begin: expected a step of at least 0, got -1"),
-        (lambda: CubicRamp(**RAMP | {"end": -1}), "end: expected a step of at least 0, got -1"),
+        (lambda: Ramp(**RAMP | {"begin": -1}), "begin: expected a step of at least 0, got -1"),
+        (lambda: Ramp(**RAMP | {"end": -1}), "end: expected a step of at least 0, got -1"),
         (
             lambda: UpdateClock(every=0, start=0, stop=1),
             "every: expected an integer of at least 1, got 0",
@@ -312,3 +314,52 @@ def test_bad_fields_are_named(build, message):
 def test_steps_must_be_integers():
     with pytest.raises(TypeError, match=r"^every: expected an integer of at least 1, got 2\.5$"):
         UpdateClock(every=2.5, start=0, stop=10)
+
+
+# --- curves, and what decays ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_curves_rise_from_nothing_to_all(name):
+    curve = CURVES[name]
+    values = [curve(i / 40) for i in range(41)]
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(1)
+    assert values[0] == (1 if name == "constant" else pytest.approx(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "quarter", "half"),
+    [
+        ("cubic", 37 / 64, 7 / 8),
+        ("linear", 0.25, 0.5),
+        ("cosine", 0.5 - math.sqrt(0.125), 0.5),
+        ("sigmoid", (1 / (1 + math.exp(3)) - 1 / (1 + math.exp(6))) / math.tanh(3), 0.5),
+        ("constant", 1, 1),
+    ],
+)
+def test_a_ramp_follows_its_curve(name, quarter, half):
+    ramp = Ramp(initial=0.2, final=0.8, begin=0, end=80, every=10, curve=name)
+    assert ramp(0) == 0.2
+    assert ramp(20) == pytest.approx(0.2 + 0.6 * quarter)
+    assert ramp(40) == pytest.approx(0.2 + 0.6 * half)
+    assert ramp(80) == 0.8
+
+
+def test_a_ramp_follows_a_function_within_its_ends():
+    ramp = Ramp(initial=0.2, final=0.8, begin=0, end=80, every=10, curve=lambda p: 4 * p - 1)
+    assert [ramp(step) for step in (10, 20, 40, 50, 80)] == pytest.approx([0.2, 0.2, 0.8, 0.8, 0.8])
+
+
+def test_drop_schedules():
+    linear = as_drop_schedule(0.4, "linear", 100)
+    assert [linear(step) for step in (0, 50, 100, 120)] == pytest.approx([0.4, 0.2, 0, 0])
+    assert as_drop_schedule(0.4, "constant", 100)(77) == 0.4
+    assert as_drop_schedule(0.4, "cosine", 100)(100) == 0.005
+    assert as_drop_schedule(0.4, "cosine", 100, cosine_floor=0.0)(100) == 0
+    assert as_drop_schedule(linear, "cosine", 7) is linear
+    assert as_drop_schedule(0.001, "cosine", 100)(50) == 0.001
+    with pytest.raises(ValueError, match="drop_schedule: expected one of cosine, linear, constant"):
+        as_drop_schedule(0.4, "step", 100)
+    with pytest.raises(ValueError, match=r"drop_fraction: expected a number in \[0, 1\], got 1.5"):
+        as_drop_schedule(1.5, "cosine", 100)

@@ -56,9 +56,10 @@ def tiny_config(output: Path, **fields: Any) -> TrainConfig:
         "batch_size": 256,
         "warmup_epochs": 0.4,
         "update_freq": 2,
-        "prune_end": 8,
         "log_interval": 0,
     }
+    if fields.get("method", "granet") in ("granet", "gmp"):
+        settings["prune_end"] = 8
     return TrainConfig(**(settings | fields))
 
 

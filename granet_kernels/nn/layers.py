@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from granet_kernels.bitmask import BitMask, attach_mask, attached_mask, detach_mask
 from granet_kernels.functional import masked_conv2d, masked_linear, zero_inactive_
@@ -154,7 +155,8 @@ class MaskedLayer(HasAlgorithm, _Base):
     def _set_mask(self, mask: BitMask) -> None:
         self.packed_mask.copy_(mask.in_order_of(self.weight).packed)
         attach_mask(self.weight, self.packed_mask)
-        if not self.weight.is_meta:
+        # The mask is of a whole weight: in one in shards (DTensor) the engine restores the invariant.
+        if not self.weight.is_meta and not is_traceable_wrapper_subclass(self.weight):
             zero_inactive_([self.weight], [self.packed_mask])
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from granet.config import TrainConfig
+from granet.at_start import AtStart
+from granet.config import ARGUMENTS, TrainConfig, method_parameters
 from granet.data import DataSource, load_data
-from granet.methods import GraNet
+from granet.distributions import DISTRIBUTIONS, Explicit, ScaledErk
+from granet.engine import Sparsifier
+from granet.methods import METHODS, LotteryTicket
 from granet.models import create_model
 from granet.schedules import as_step
 from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, sparsify
+
+INITIAL_SPARSITY = 0.5
+"""Of GraNet, where no other is given: the paper's sparse-to-sparse setting."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,46 +129,78 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
 
 def build_sparsifier(
     config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int
-) -> GraNet | None:
+) -> Sparsifier | None:
     """The method that changes the masks; None for a dense run."""
     if config.method == "dense":
         return None
-    update_every = as_step(config.update_freq, total_steps, "update_freq")
-    if isinstance(config.update_freq, str):
-        update_every = max(update_every, 1)  # a share of a short run may be less than a step
     try:
-        return GraNet(
-            model,
-            optimizer,
-            sparsity=config.sparsity,
-            initial_sparsity=config.init_sparsity,
-            total_steps=total_steps,
-            update_every=update_every,
-            prune_from=as_step(config.prune_start, total_steps, "prune_start"),
-            prune_until=as_step(config.prune_end, total_steps, "prune_end"),
-            drop_fraction=config.drop_fraction,
-            distribution=config.distribution,
-            scope=config.scope,
-            official_rounding=config.official_rounding,
-            seed=config.seed,
+        arguments = _method_arguments(config, total_steps)
+        return METHODS[config.method](
+            model, optimizer, total_steps=total_steps, seed=config.seed, **arguments
         )
     except ValueError as error:
         raise ValueError(_in_flags(str(error))) from error
 
 
-# The flags are timm's and its relatives' words, the arguments of GraNet the project's own.
-_FLAG_OF = {
-    "initial_sparsity": "init_sparsity",
-    "update_every": "update_freq",
-    "prune_from": "prune_start",
-    "prune_until": "prune_end",
-}
+def _method_arguments(config: TrainConfig, total_steps: int) -> dict[str, Any]:
+    """What a method is given of a configuration; its own defaults hold for the rest."""
+    taken = method_parameters(config.method)
+    arguments: dict[str, Any] = {"sparsity": config.sparsity}
+    if "update_every" in taken:
+        every = as_step(config.update_freq, total_steps, "update_freq")
+        # A share of a short run may be less than a step.
+        arguments["update_every"] = max(every, 1) if isinstance(config.update_freq, str) else every
+    if "initial_sparsity" in taken:
+        arguments["initial_sparsity"] = min(INITIAL_SPARSITY, config.sparsity)
+    for field, argument in ARGUMENTS.items():
+        value = getattr(config, field)
+        if value not in (None, False):
+            arguments[argument] = value
+    if config.erk_power is not None:
+        arguments["distribution"] = ScaledErk(config.erk_power)
+    elif config.distribution is not None:
+        arguments["distribution"] = _distribution(config.distribution)
+    return arguments
+
+
+def _distribution(text: str) -> str | Explicit:
+    """A distribution's name, or sparsities between commas."""
+    if text in DISTRIBUTIONS:
+        return text
+    try:
+        return Explicit(tuple(float(part) for part in text.split(",")))
+    except ValueError:
+        known = ", ".join(DISTRIBUTIONS)
+        raise ValueError(
+            f"distribution: expected {known}, or a sparsity for each layer between commas, got {text!r}"
+        ) from None
+
+
+def start_sparsifier(
+    config: TrainConfig,
+    sparsifier: Sparsifier | None,
+    source: DataSource,
+    device: torch.device,
+) -> None:
+    """Let a method that prunes before training do so, by the first batches of the first epoch."""
+    if isinstance(sparsifier, AtStart):
+        batches = itertools.islice(source.train_batches(0, start=0), config.score_batches)
+        layout = memory_format(config)
+        loss = functools.partial(F.cross_entropy, label_smoothing=config.smoothing)
+        sparsifier.start(
+            [
+                (images.to(device, memory_format=layout), labels.to(device))
+                for images, labels in batches
+            ],
+            loss,
+        )
 
 
 def _in_flags(message: str) -> str:
-    """An error about GraNet's arguments, in the words of whoever wrote the flags."""
-    for argument, flag in _FLAG_OF.items():
-        message = message.replace(argument, flag)
+    """An error about a method's arguments, in the words of whoever wrote the flags."""
+    for flag, argument in [("update_freq", "update_every"), *ARGUMENTS.items()]:
+        if flag != "erk_power":
+            message = message.replace(argument, flag)
     return message
 
 
@@ -182,16 +222,24 @@ def lr_factor(
 
 
 def build_scheduler(
-    config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    sparsifier: Sparsifier | None = None,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`lr_factor` as a learning rate schedule, one call a step."""
+    """`lr_factor` as a learning rate schedule, one call a step; it starts over with every round."""
     warmup_steps = round(config.warmup_epochs * total_steps / config.epochs)
-    factor = functools.partial(
-        lr_factor,
-        total_steps=total_steps,
-        warmup_steps=min(warmup_steps, total_steps),
-        sched=config.sched,
-    )
+    rounds = sparsifier if isinstance(sparsifier, LotteryTicket) else None
+    length = total_steps if rounds is None else rounds.round_steps
+
+    def factor(step: int) -> float:
+        return lr_factor(
+            step if rounds is None else rounds.step_of_round(step),
+            total_steps=length,
+            warmup_steps=min(warmup_steps, length),
+            sched=config.sched,
+        )
+
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 

@@ -3,11 +3,11 @@
 A checkpoint is one `torch.save` file of plain containers and tensors (`weights_only=True` reads
 it) with these entries:
 
-    format, version   "granet-checkpoint", 1
+    format, version   "granet-checkpoint", 2
     config            every field of TrainConfig
     progress          epoch, batch and step at which the run stands, running sums, best accuracy
     model             state_dict, bit masks included
-    optimizer, scheduler, scaler, sparsifier, flops      state_dicts; None where there is no such
+    optimizer, scheduler, scaler, sparsifier, topology, flops   state_dicts; None where there is no such
     rng               {"cpu": state, "cuda": [state of each device]}
 """
 
@@ -30,8 +30,8 @@ from granet.config import TrainConfig, build_config, refuse_unknown, resume_conf
 from granet_kernels import BitMask, masked_layers
 
 FORMAT = "granet-checkpoint"
-VERSION = 1
-STATES = ("model", "optimizer", "scheduler", "scaler", "sparsifier", "flops")
+VERSION = 2
+STATES = ("model", "optimizer", "scheduler", "scaler", "sparsifier", "topology", "flops")
 ENTRIES = frozenset(("config", "progress", "rng", *STATES))
 
 
@@ -153,7 +153,7 @@ def restore(
     """Put a checkpoint's state into a run built from `config`; all of it, or none.
 
     `parts` are the entries besides model and optimizer (`scheduler`, `scaler`, `sparsifier`,
-    `flops`); None where the run has no such part. Random number generators are left alone: see
+    `topology`, `flops`); None where the run has no such part. Random number generators are left alone: see
     `set_rng_state`.
 
     Raises:

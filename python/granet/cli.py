@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from granet import check, report
+from granet import catalogue, check, plasticity_command, report
 from granet.checkpoint import Checkpoint, load_checkpoint
 from granet.config import (
     TrainConfig,
@@ -32,11 +32,21 @@ later ones win: the defaults, the checkpoint that is resumed, the file of -c, th
 examples:
   granet train                                   digits to 90 % sparsity
   granet train --method dense                    the same network, dense
+  granet train --method rigl                     another method: see granet methods
   granet train --sparsity 0.95 --experiment deep
   granet train -c runs/deep/args.yaml --seed 1 --experiment deep-1
   granet train --resume runs/deep              what was interrupted
   granet report runs/*
 """
+
+
+COMMANDS = {
+    "check": check,
+    "methods": catalogue,
+    "plasticity": plasticity_command,
+    "report": report,
+}
+"""Modules of the subcommands besides train; each has a `run`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "train":
             return _train(args)
         with _user_errors(args.command):
-            return check.run(args) if args.command == "check" else report.run(args)
+            return COMMANDS[args.command].run(args)  # type: ignore[no-any-return]
     except KeyboardInterrupt:  # before there was anything to resume, or a second time
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -72,6 +82,22 @@ def make_parser() -> argparse.ArgumentParser:
     add_flags(train)
     check.add_arguments(
         commands.add_parser("check", help="compare every operator with the reference")
+    )
+    catalogue.add_arguments(
+        commands.add_parser(
+            "methods", help="list the methods of sparse training, and their settings"
+        )
+    )
+    plasticity_command.add_arguments(
+        commands.add_parser(
+            "plasticity",
+            usage="granet plasticity --prune-epochs N,N [STUDY] [SETTINGS]",
+            help="measure how networks recover from being pruned",
+            description="Prune copies of a dense network at chosen epochs, train them on, and write "
+            "how well they recover: a table and a plot.",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
     )
     report.add_arguments(
         commands.add_parser(

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from granet.methods import METHODS
+
 Time = int | str
 
 
@@ -83,24 +85,50 @@ class TrainConfig:
     amp_dtype: Literal["float16", "bfloat16"] = "float16"
     """Compute type under --amp."""
 
-    method: Literal["dense", "granet"] = "granet"
-    """dense trains every weight; granet prunes and regrows during training."""
+    method: str = "granet"
+    """dense trains every weight; `granet methods` lists the others."""
     sparsity: float = 0.9
     """Share of the weights that is zero at the end, in [0, 1)."""
-    init_sparsity: float = 0.5
-    """Share of the weights that is zero at the start; 0 starts dense."""
+    init_sparsity: float | None = None
+    """Share of the weights that is zero at the start; 0 starts dense (granet: 0.5)."""
     update_freq: Time = "2%"
     """Time between two updates of the masks."""
-    prune_start: Time = 0
-    """Time at which sparsity starts to rise."""
-    prune_end: Time = "50%"
-    """Time at which sparsity has reached its target."""
-    distribution: Literal["erk", "uniform"] = "erk"
-    """How the initial sparsity is spread over the layers."""
-    scope: Literal["global", "layer"] = "global"
-    """Prune the smallest weights of the whole network, or of each layer separately."""
-    drop_fraction: float = 0.5
-    """Share of a layer's active weights replaced by an update, at first; decays by a cosine."""
+    prune_start: Time | None = None
+    """Time at which sparsity starts to rise (0)."""
+    prune_end: Time | None = None
+    """Time at which sparsity has reached its target (50%)."""
+    ramp: str | None = None
+    """The way there: cubic, linear, cosine, sigmoid or constant (cubic)."""
+    distribution: str | None = None
+    """How a sparsity is spread over the layers: erk, er, uniform, or a sparsity a layer, as 0.5,0.9,0.8."""
+    erk_power: float | None = None
+    """Power of the quotient in erk; 0 is uniform (1)."""
+    scope: str | None = None
+    """Prune the smallest weights of the whole network, or of each layer separately (global)."""
+    floor: int | None = None
+    """Fewest active weights of a layer (1)."""
+    drop_fraction: float | None = None
+    """Share of a layer's active weights replaced by an update, at first (granet: 0.5)."""
+    drop_schedule: str | None = None
+    """How that decays: cosine, linear or constant (granet: cosine)."""
+    drop: str | None = None
+    """What an update drops: magnitude, sign or random (granet: magnitude)."""
+    grow: str | None = None
+    """Where it regrows: gradient, momentum or random (granet: gradient)."""
+    redistribution: str | None = None
+    """How many each layer regrows: none (what it dropped), magnitude or momentum (none)."""
+    regrown: str | None = None
+    """How regrown weights start: keep, zero or layer_mean (keep)."""
+    update_until: Time | None = None
+    """Time of the last update (rigl: 75%)."""
+    prune_at: Time | None = None
+    """Time of one-shot's prune (50%)."""
+    rounds: int | None = None
+    """Prunes of lottery-ticket (11) and of synflow (100)."""
+    rewind_to: Time | None = None
+    """Step, or share of a round, that lottery-ticket returns to (0)."""
+    score_batches: int = 1
+    """Batches by which snip and grasp score weights before training."""
     official_rounding: bool = False
     """Reproduce the counts of the published code, which misses the target slightly."""
 
@@ -124,22 +152,40 @@ class TrainConfig:
         for name, hint in field_types().items():
             if not _has_type(getattr(self, name), hint):
                 raise _bad(name, _describe(hint), getattr(self, name))
-        for name in ("batch_size", "grad_accum_steps", "epochs", "image_size"):
+        for name in ("batch_size", "grad_accum_steps", "epochs", "image_size", "score_batches"):
             self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("workers", "log_interval", "seed"):
             self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")
-        for name in ("sparsity", "init_sparsity", "smoothing", "momentum"):
+        for name in ("sparsity", "smoothing", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         for name in ("weight_decay", "warmup_epochs"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
         self._require("lr", 0 < self.lr < math.inf, "a number above 0")
         self._require("val_split", 0 < self.val_split < 1, "a number in (0, 1)")
-        self._require("drop_fraction", 0 <= self.drop_fraction <= 1, "a number in [0, 1]")
         if self.clip_grad is not None:
             self._require("clip_grad", 0 < self.clip_grad < math.inf, "a number above 0")
+        known = ("dense", *METHODS)
+        self._require("method", self.method in known, f"one of {', '.join(known)}")
         if self.method != "dense":
-            limit = f"at most the final sparsity {self.sparsity}"
-            self._require("init_sparsity", self.init_sparsity <= self.sparsity, limit)
+            self._check_method()
+
+    def _check_method(self) -> None:
+        """Whether a method takes the settings that were given; their values it checks itself."""
+        taken = method_parameters(self.method)
+        for name, argument in ARGUMENTS.items():
+            if getattr(self, name) not in (None, False) and argument not in taken:
+                own = ", ".join(name for name, argument in ARGUMENTS.items() if argument in taken)
+                raise ValueError(
+                    f"{name}: {self.method} has no such setting; it has {own or 'none'}"
+                )
+        if self.init_sparsity is not None:
+            in_range = 0 <= self.init_sparsity <= self.sparsity
+            limit = f"a number from 0 to the final sparsity {self.sparsity}"
+            self._require("init_sparsity", in_range, limit)
+        if self.erk_power is not None:
+            self._require(
+                "erk_power", self.distribution in (None, "erk"), "distribution erk with it"
+            )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -157,16 +203,18 @@ GROUPS: dict[str, str] = {
     "model": "model channels_last torchcompile",
     "optimization": """batch_size grad_accum_steps epochs opt lr momentum nesterov weight_decay
         sched warmup_epochs smoothing clip_grad amp amp_dtype""",
-    "sparsity": """method sparsity init_sparsity update_freq prune_start prune_end distribution
-        scope drop_fraction official_rounding""",
+    "sparsity": """method sparsity init_sparsity update_freq prune_start prune_end ramp distribution
+        erk_power scope floor drop_fraction drop_schedule drop grow redistribution regrown update_until
+        prune_at rounds rewind_to score_batches official_rounding""",
     "machine": "seed device backend deterministic",
     "output": "output experiment log_interval",
 }
 """Title of each group in `--help`, and the fields in it."""
 
 SPARSITY_NOTE = (
-    "A TIME is a number of steps, or a share of the run such as 50%. "
-    "A dense run uses none of these but --method."
+    "A TIME is a number of steps, or a share of the run such as 50%. In brackets: what holds where "
+    "nothing is given; methods differ, and `granet methods NAME` says what one has. A dense run uses "
+    "none of these but --method."
 )
 
 SPARSE_FIELDS = frozenset(GROUPS["sparsity"].split()) - {"method"}
@@ -176,6 +224,36 @@ MACHINE_FIELDS = frozenset(
     f"data_dir workers torchcompile device backend deterministic {GROUPS['output']}".split()
 )
 """Fields about where and how a run executes, not what it computes: resuming may change them."""
+
+ARGUMENTS: Mapping[str, str] = {
+    "init_sparsity": "initial_sparsity",
+    "prune_start": "prune_from",
+    "prune_end": "prune_until",
+    "ramp": "ramp",
+    "distribution": "distribution",
+    "erk_power": "distribution",
+    "scope": "scope",
+    "floor": "floor",
+    "drop_fraction": "drop_fraction",
+    "drop_schedule": "drop_schedule",
+    "drop": "drop",
+    "grow": "grow",
+    "redistribution": "redistribution",
+    "regrown": "regrown",
+    "update_until": "update_until",
+    "prune_at": "prune_at",
+    "rounds": "rounds",
+    "rewind_to": "rewind_to",
+    "official_rounding": "official_rounding",
+}
+"""Fields that only some methods have, None (or False) where a method's own default holds, and the
+argument that a method's class has for each: the flags are timm's and its relatives' words."""
+
+
+@functools.cache
+def method_parameters(method: str) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a method's class."""
+    return inspect.signature(METHODS[method]).parameters
 
 
 @functools.cache
@@ -246,10 +324,11 @@ def parse_value(name: str, text: str) -> object:
     return text
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` one flag for each field, in groups; flags not given leave no trace."""
+def add_flags(parser: argparse.ArgumentParser, titles: Iterable[str] = GROUPS) -> None:
+    """Give `parser` one flag for each field of these groups; flags not given leave no trace."""
     defaults = TrainConfig()
-    for title, names in GROUPS.items():
+    for title in titles:
+        names = GROUPS[title]
         note = SPARSITY_NOTE if title == "sparsity" else None
         group = parser.add_argument_group(title, note)
         for name in names.split():
@@ -274,9 +353,10 @@ def _add_flag(group: Any, name: str, default: object) -> None:
 
 
 def _metavar(hint: Any) -> str:
-    if hint == Time:
+    kinds = _alternatives(hint)
+    if int in kinds and str in kinds:
         return "TIME"
-    return {int: "N", float: "X"}.get(_alternatives(hint)[0], "NAME")
+    return {int: "N", float: "X"}.get(kinds[0], "NAME")
 
 
 def flags_given(namespace: argparse.Namespace) -> dict[str, object]:

@@ -9,7 +9,13 @@ from typing import Literal
 
 import torch
 
-from granet.distributions import DISTRIBUTIONS, Shape, active_budget, layer_budgets
+from granet.distributions import (
+    Distribution,
+    Shape,
+    active_budget,
+    distribution_of,
+    layer_budgets,
+)
 
 Scope = Literal["global", "layer"]
 
@@ -20,22 +26,24 @@ class ActiveCounts:
 
     shapes: Sequence[Shape]
     """One weight shape for each layer."""
-    distribution: str
-    """How a sparsity is shared among the layers: a key of ``DISTRIBUTIONS``."""
+    distribution: str | Distribution
+    """How a sparsity is shared among the layers: a key of ``DISTRIBUTIONS``, or a rule."""
     scope: Scope
     """Whether a prune has one budget over all layers or one for each."""
-    official_rounding: bool
-    """Counts of the published code (core.py of its CIFAR part)."""
+    floor: int = 1
+    """Fewest active weights of a layer that has as many."""
+    official_rounding: bool = False
+    """Counts of the published code (core.py of its CIFAR part), which knows no floor."""
 
     def check_feasible(self, sparsity: float, active: Sequence[int]) -> None:
         """Whether ``sparsity`` can be reached from layers of so many active weights.
 
         Raises:
-            ValueError: it leaves a layer without a weight (the message names the largest feasible
-                one), or less is active already.
+            ValueError: it leaves a layer without its fewest weights (the message names the largest
+                feasible one), or less is active already.
         """
         caps = active if self.scope == "layer" else None
-        layer_budgets(self.shapes, sparsity, self.distribution, caps)
+        layer_budgets(self.shapes, sparsity, self.distribution, caps, self.floor)
         target = active_budget(sparsity, sum(math.prod(shape) for shape in self.shapes))
         if sum(active) < target:
             raise ValueError(
@@ -49,8 +57,8 @@ class ActiveCounts:
         The published code draws each weight by its layer's probability, so its counts are random.
         """
         if not self.official_rounding:
-            return layer_budgets(self.shapes, sparsity, self.distribution)
-        fractions = DISTRIBUTIONS[self.distribution](self.shapes, sparsity)
+            return layer_budgets(self.shapes, sparsity, self.distribution, floor=self.floor)
+        fractions = distribution_of(self.distribution)(self.shapes, sparsity)
         return [
             int((torch.rand(math.prod(shape), generator=generator) < fraction).sum())
             for shape, fraction in zip(self.shapes, fractions, strict=True)
@@ -73,11 +81,11 @@ class ActiveCounts:
             return active_budget(sparsity, sum(numels))
         if self.official_rounding:
             return [int(numel * (1 - sparsity)) for numel in numels]
-        return layer_budgets(self.shapes, sparsity, self.distribution, caps=active)
+        return layer_budgets(self.shapes, sparsity, self.distribution, active, self.floor)
 
     def __post_init__(self) -> None:
         if self.scope not in ("global", "layer"):
             raise ValueError(f"scope: expected 'global' or 'layer', got {self.scope!r}")
-        if self.distribution not in DISTRIBUTIONS:
-            known = ", ".join(DISTRIBUTIONS)
-            raise ValueError(f"distribution: expected one of {known}, got {self.distribution!r}")
+        if self.floor < 0:
+            raise ValueError(f"floor: expected an integer of at least 0, got {self.floor}")
+        distribution_of(self.distribution)

@@ -27,7 +27,9 @@ class ErkSolution:
     """Scale of the other layers: fraction = epsilon * sum(dims) / prod(dims). 0 if none is left."""
 
 
-def solve_erk(shapes: Sequence[Shape], sparsity: float) -> ErkSolution:
+def solve_erk(
+    shapes: Sequence[Shape], sparsity: float, *, power: float = 1.0, kernel: bool = True
+) -> ErkSolution:
     """Erdos-Renyi-Kernel fractions with the numbers behind them.
 
     A layer's share of active weights is proportional to sum(dims) / prod(dims) over all its
@@ -38,13 +40,18 @@ def solve_erk(shapes: Sequence[Shape], sparsity: float) -> ErkSolution:
     Args:
         shapes: one weight shape for each layer, all dimensions positive.
         sparsity: overall fraction of inactive weights, in [0, 1).
+        power: of the quotient, at least 0: 0 is uniform, 1 the published rule.
+        kernel: whether the kernel's dimensions count; without them it is the plain Erdos-Renyi
+            rule (Mocanu et al., 2018), which knows output and input channels only.
 
     Raises:
-        ValueError: `sparsity` or a shape is out of range.
+        ValueError: `sparsity`, `power` or a shape is out of range.
     """
     _check_sparsity(sparsity)
+    if not 0 <= power < math.inf:
+        raise ValueError(f"power: expected a number of at least 0, got {power}")
     numels = [_numel(index, shape) for index, shape in enumerate(shapes)]
-    raw = [sum(shape) / numel for shape, numel in zip(shapes, numels, strict=True)]
+    raw = [_quotient(shape if kernel else shape[:2]) ** power for shape in shapes]
     if sparsity == 0:
         # Floats would leave the layer of the smallest share a rounding error short of 1.
         return ErkSolution(fractions=(1.0,) * len(raw), dense=tuple(range(len(raw))), epsilon=0.0)
@@ -62,6 +69,10 @@ def solve_erk(shapes: Sequence[Shape], sparsity: float) -> ErkSolution:
     return ErkSolution(fractions=fractions, dense=tuple(sorted(dense)), epsilon=epsilon)
 
 
+def _quotient(dims: Shape) -> float:
+    return sum(dims) / math.prod(dims)
+
+
 def _erk_epsilon(
     raw: Sequence[float], numels: Sequence[int], free: Sequence[int], sparsity: float
 ) -> float:
@@ -77,6 +88,11 @@ def erk(shapes: Sequence[Shape], sparsity: float) -> list[float]:
     return list(solve_erk(shapes, sparsity).fractions)
 
 
+def er(shapes: Sequence[Shape], sparsity: float) -> list[float]:
+    """The same by the Erdos-Renyi rule, which leaves the kernel's size out."""
+    return list(solve_erk(shapes, sparsity, kernel=False).fractions)
+
+
 def uniform(shapes: Sequence[Shape], sparsity: float) -> list[float]:
     """The same share of active weights, 1 - sparsity, for every layer."""
     _check_sparsity(sparsity)
@@ -85,7 +101,52 @@ def uniform(shapes: Sequence[Shape], sparsity: float) -> list[float]:
     return [active_fraction(sparsity)] * len(shapes)
 
 
-DISTRIBUTIONS: Mapping[str, Distribution] = {"erk": erk, "uniform": uniform}
+DISTRIBUTIONS: Mapping[str, Distribution] = {"erk": erk, "er": er, "uniform": uniform}
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledErk:
+    """The ERK rule with its quotient raised to a power: below 1 closer to uniform."""
+
+    power: float
+
+    def __call__(self, shapes: Sequence[Shape], sparsity: float) -> list[float]:
+        return list(solve_erk(shapes, sparsity, power=self.power).fractions)
+
+
+@dataclass(frozen=True, slots=True)
+class Explicit:
+    """A sparsity for each layer, in the order of the layers, as given.
+
+    On the way there (a ramp, an initial sparsity) all layers hold their share of the active
+    weights in these proportions, as far as their sizes allow.
+    """
+
+    sparsities: tuple[float, ...]
+
+    def __call__(self, shapes: Sequence[Shape], sparsity: float) -> list[float]:
+        if len(shapes) != len(self.sparsities):
+            raise ValueError(
+                f"distribution: expected a sparsity for each of {len(shapes)} layers, got "
+                f"{len(self.sparsities)}"
+            )
+        for value in self.sparsities:
+            _check_sparsity(value)
+        return [active_fraction(value) for value in self.sparsities]
+
+
+def distribution_of(rule: str | Distribution) -> Distribution:
+    """A rule by its name; a rule itself is returned as it is.
+
+    Raises:
+        ValueError: no rule has this name.
+    """
+    if callable(rule):
+        return rule
+    if rule not in DISTRIBUTIONS:
+        known = ", ".join(DISTRIBUTIONS)
+        raise ValueError(f"distribution: expected one of {known}, got {rule!r}")
+    return DISTRIBUTIONS[rule]
 
 
 def active_fraction(sparsity: float) -> float:
@@ -181,26 +242,25 @@ def _fill(
 def layer_budgets(
     shapes: Sequence[Shape],
     sparsity: float,
-    distribution: str,
+    distribution: str | Distribution,
     caps: Sequence[int] | None = None,
+    floor: int = 1,
 ) -> list[int]:
     """Active weights of each layer: they sum to ``active_budget(sparsity, numel)``.
 
     Args:
         shapes: one weight shape for each layer.
         sparsity: overall fraction of inactive weights, in [0, 1).
-        distribution: a key of `DISTRIBUTIONS`.
+        distribution: a key of `DISTRIBUTIONS`, or a rule like those.
         caps: most active weights of each layer; default its number of weights.
+        floor: fewest active weights of a layer that has as many.
 
     Raises:
         ValueError: an argument is out of range, or the layers cannot meet `sparsity`.
     """
-    if distribution not in DISTRIBUTIONS:
-        known = ", ".join(DISTRIBUTIONS)
-        raise ValueError(f"distribution: expected one of {known}, got {distribution!r}")
-    fractions = DISTRIBUTIONS[distribution](shapes, sparsity)
+    fractions = distribution_of(distribution)(shapes, sparsity)
     numels = [math.prod(shape) for shape in shapes]
-    return apportion(fractions, numels, active_budget(sparsity, sum(numels)), caps)
+    return apportion(fractions, numels, active_budget(sparsity, sum(numels)), caps, floor)
 
 
 def _numel(index: int, shape: Shape) -> int:

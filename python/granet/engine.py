@@ -1,36 +1,61 @@
-"""The engine that every method shares: when masks change, on which tensors, resuming.
+"""The engine that every method shares: when masks change, what for, resuming.
 
 A method (``granet.methods``, a page each) says what an update does, with the engine's :meth:`prune`
-and :meth:`drop_regrow`. The engine counts successful optimizer steps, asks the layers for dense
-gradients on the step before an update and for that step alone, and keeps inactive weights and their
+and :meth:`exchange`. The engine counts successful optimizer steps, asks the layers for dense
+gradients on the steps before an update and for those alone, and keeps inactive weights and their
 optimizer state at zero whatever the optimizer is.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from granet.distributed import Replicas, unwrapped
+from granet.followers import Follower
+from granet.growth import Growth
+from granet.placement import Layer
 from granet.schedules import UpdateClock
-from granet_kernels import (
-    BitMask,
-    MaskedConv2d,
-    MaskedLinear,
-    MaskedSGD,
-    count_active,
-    drop_regrow_,
-    masked_layers,
-    prune_,
-    zero_inactive_,
-)
+from granet.settings import described
+from granet.topology import Exchange, Topology
+from granet_kernels import BitMask, MaskedConv2d, MaskedLinear, MaskedSGD, masked_layers
 
-STATE_VERSION = 1
-STATE_KEYS = {"version", "method", "settings", "steps", "masks", "generator"}
+log = logging.getLogger("granet")
+
+STATE_VERSION = 2
+STATE_KEYS = {"version", "method", "settings", "steps", "masks", "generator", "engine"}
+
+
+class Options(TypedDict, total=False):
+    """What every method takes besides its own hyperparameters."""
+
+    seed: int
+    """Of everything random, masks at the start included; 0 by default."""
+    init: Literal["masks", "from_zeros"]
+    """Masks at the start: those that the layers have (the default), or of a model that was sparse
+    before it had masks, inactive where a weight is zero. A method that draws random masks does so
+    afterwards."""
+    process_group: ProcessGroup | None
+    """Ranks that train this model; by default all of them where torch.distributed is running."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MaskChange:
+    """An update, as observers see it: packed masks by layer, to be read before the next step."""
+
+    step: int
+    before: Mapping[str, Tensor]
+    pruned: Mapping[str, Tensor]
+    """After pruning, before connections were exchanged."""
+    after: Mapping[str, Tensor]
 
 
 class Sparsifier(ABC):
@@ -41,13 +66,17 @@ class Sparsifier(ABC):
 
     Attributes:
         layers: the masked layers by name; of layers that share a weight, the first.
+        topology: what is done to them.
         steps: successful optimizer steps so far.
         total_steps: length of the run in steps.
         clock: which steps are updates.
+        observers: called with a :class:`MaskChange` after every update.
     """
 
-    needs_dense_gradient: ClassVar[bool] = False
-    """Whether an update reads the gradient of inactive weights."""
+    name: ClassVar[str]
+    """What ``granet train --method`` calls it."""
+    source: ClassVar[str]
+    """Where the method comes from."""
 
     def __init__(
         self,
@@ -56,31 +85,52 @@ class Sparsifier(ABC):
         *,
         total_steps: int,
         clock: UpdateClock,
+        growth: str | None = None,
         settings: Mapping[str, Any],
-        seed: int,
+        seed: int = 0,
+        init: Literal["masks", "from_zeros"] = "masks",
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        """Args as in the class, and:
+        """Args as in the class and in :class:`Options`, and:
 
+        growth: criterion by which connections grow; None for a method that grows none.
         settings: the method's hyperparameters, which a resumed run must share.
-        seed: of everything random, masks at the start included.
         """
-        self.layers = layers_of(model)
-        _check_optimizer(optimizer, self.layers)
-        self._sharers = [m for m in model.modules() if isinstance(m, MaskedConv2d | MaskedLinear)]
+        if init not in ("masks", "from_zeros"):
+            raise ValueError(f"init: expected 'masks' or 'from_zeros', got {init!r}")
+        layers = layers_of(unwrapped(model))
+        _check_optimizer(optimizer, layers)
+        self.growth = None if growth is None else Growth(growth)
+        self.topology = Topology(layers, optimizer, torch.Generator().manual_seed(seed))
         self.total_steps = total_steps
         self.clock = clock
         self.steps = 0
-        self._optimizer = optimizer
-        self._settings = dict(settings)
-        self._generator = torch.Generator().manual_seed(seed)
+        self.observers: list[Callable[[MaskChange], None]] = []
+        self._sharers = [m for m in model.modules() if isinstance(m, MaskedConv2d | MaskedLinear)]
+        self._settings = {"total_steps": total_steps, "clock": clock, **settings}
+        self._replicas = Replicas.of(model, process_group)
+        self._replicas.share_generator(self.topology)
+        self._followers: list[Follower] = []
+        self._frozen = False
+        self._due: int | None = None
+        self._updated = 0
         self._stepped = False
+        self._pruned: dict[str, Tensor] | None = None
         self._calls_without_a_step = 0
         self._asked_for_dense_gradient = False
+        if init == "from_zeros":
+            self.topology.mask_zeros()
         self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+
+    def begin(self) -> None:
+        """The last line of a method's constructor, when the masks are as training starts."""
+        self._replicas.share_masks(self.topology)
+        self._ask_for_dense_gradient()
 
     def remove(self) -> None:
         """Let go of the optimizer: steps are no longer counted, and masks no longer change."""
         self._hook.remove()
+        self._set_dense_gradient(False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_hook"}
@@ -88,92 +138,109 @@ class Sparsifier(ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of copies and pickles: copied optimizers have lost their hooks."""
         self.__dict__.update(state)
-        self._hook = self._optimizer.register_step_post_hook(self._after_optimizer_step)
+        optimizer = self.topology.optimizer
+        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        return self.topology.layers
 
     @property
     @abstractmethod
     def sparsity(self) -> float:
         """The sparsity that the schedule has reached."""
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the final sparsity is reached, and every active weight has been trained since.
+
+        Right after an update those that regrew are zeros.
+        """
+        return self.steps != self._updated and self._due is None
+
     @abstractmethod
     def update(self, step: int) -> None:
-        """Change the masks after optimizer step ``step``."""
+        """Change the masks as is due at optimizer step ``step``."""
 
     @property
     def numel(self) -> int:
         """Weights of all masked layers."""
-        return sum(layer.weight.numel() for layer in self.layers.values())
+        return sum(weight.numel() for weight in self.topology.params)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Weight shapes of the masked layers."""
-        return [tuple(layer.weight.shape) for layer in self.layers.values()]
+        return [tuple(weight.shape) for weight in self.topology.params]
 
     def active_counts(self) -> list[int]:
         """Active weights of each masked layer. Waits for the device."""
-        counts: list[int] = count_active(
-            [layer.packed_mask for layer in self.layers.values()]
-        ).tolist()
-        return counts
+        return self.topology.counts()
 
     def step(self) -> bool:
         """Count the optimizer step that was just taken, and update the masks if it is time to.
+
+        An update whose growth scores are not finite is postponed by a step, again and again until
+        they are.
 
         Returns:
             Whether this was an update, after which masks may have changed.
 
         Raises:
-            RuntimeError: it is time for an update, and the gradients are gone. Nothing has changed.
+            RuntimeError: it is time for an update, and the gradients are gone (nothing has changed);
+                or ranks have come to different masks.
         """
         if not self._stepped:
             self._wonder_at_no_step()
             return False
-        is_update = self.clock.is_update(self.steps + 1)
-        if is_update and self.needs_dense_gradient:
+        if self._wants_gradients(self.steps + 1):
             self._check_gradients()
         self._stepped = False
         self._calls_without_a_step = 0
         self.steps += 1
-        if is_update:
-            with torch.no_grad():
-                self.update(self.steps)
+        due = self.steps if self._is_update(self.steps) else self._due
+        is_update = due is not None and not self._postpones(due)
+        if due is not None and is_update:
+            self._update(due)
         self._ask_for_dense_gradient()
         return is_update
+
+    def freeze(self) -> None:
+        """No more updates: the masks stay as they are from here on. Part of the saved state."""
+        self._frozen, self._due = True, None
+        self._ask_for_dense_gradient()
+
+    def follow(self, model: nn.Module) -> None:
+        """Let a copy of the model have the current masks: now, and after every update.
+
+        For averages of the weights (EMA, SWA): the copy's own weights are set to zero where they are
+        inactive, and stay what they are elsewhere. Not part of the saved state.
+
+        Args:
+            model: with the same masked layers, perhaps inside a wrapper such as ``AveragedModel``.
+
+        Raises:
+            ValueError: its masked layers are others.
+        """
+        follower = Follower(model, self.layers)
+        follower.catch_up(self.layers)
+        self._followers.append(follower)
 
     # What methods are made of
 
     def randomize(self, budgets: Sequence[int]) -> None:
         """Give each layer a random mask of exactly so many active weights."""
-        for layer, budget in zip(self.layers.values(), budgets, strict=True):
-            chosen = torch.randperm(layer.weight.numel(), generator=self._generator)[:budget]
-            mask = torch.zeros(layer.weight.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
-            layer.mask = mask.view(layer.weight.shape)
+        self.topology.randomize(budgets)
 
-    def prune(self, k: int | Sequence[int]) -> None:
-        """Keep the ``k`` largest magnitudes over all layers, or so many in each."""
-        weights, masks = self._weights_and_masks(self.layers.values())
-        momenta = self._momenta(weights)
-        prune_(weights, masks, k, momenta=momenta)
-        self._zero_states(weights, masks, but=momenta)
+    def prune(self, k: int | Sequence[int], *, floor: int = 0) -> None:
+        """Keep the ``k`` largest magnitudes over all layers, none below ``floor``, or so many in each."""
+        self.topology.prune(k, floor=floor)
+        self._pruned = self._copy_of_masks()
 
-    def regrow_score(self, layer: MaskedConv2d | MaskedLinear) -> Tensor | None:
-        """What growth ranks by magnitude, in the weight's shape; None leaves the layer as it is.
-
-        By default the gradient of this step: None for a layer that is frozen or was not used.
-        """
-        return layer.weight.grad
-
-    def drop_regrow(self, drop_fraction: float) -> None:
-        """In each layer replace a share of the active weights by those of largest score."""
-        scored = [(layer, self.regrow_score(layer)) for layer in self.layers.values()]
-        scored = [(layer, score) for layer, score in scored if score is not None]
-        if not scored:
-            return
-        weights, masks = self._weights_and_masks(layer for layer, _ in scored)
-        scores = [score for _, score in scored if score is not None]
-        momenta = self._momenta(weights)
-        drop_regrow_(weights, masks, scores, drop_fraction, momenta=momenta)
-        self._zero_states(weights, masks, but=momenta)
+    def exchange(self, fraction: float, how: Exchange, *, floor: int = 0) -> None:
+        """In each layer replace a share of the active weights by those of largest growth score."""
+        assert self.growth is not None
+        scores = self.growth.scores(self.layers, self.topology.place, self.topology.generator)
+        self.topology.exchange(fraction, scores, how, floor=floor)
 
     # Saving
 
@@ -181,13 +248,20 @@ class Sparsifier(ABC):
         """Counters, masks in row-major order, random state, and the settings to compare when loading."""
         return {
             "version": STATE_VERSION,
-            "method": type(self).__name__,
-            "settings": dict(self._settings),
+            "method": self.name,
+            "settings": described(self._settings),
             "steps": self.steps,
             "masks": {
                 name: layer.bitmask.canonical().clone() for name, layer in self.layers.items()
             },
-            "generator": self._generator.get_state(),
+            "generator": self.topology.generator.get_state(),
+            "engine": {
+                "frozen": self._frozen,
+                "due": self._due,
+                "updated": self._updated,
+                "growth": self.growth.state_dict() if self.growth else {},
+                "method": self.method_state(),
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,27 +274,42 @@ class Sparsifier(ABC):
         masks = self._checked_masks(state)
         generator = torch.Generator()
         generator.set_state(state["generator"])
-        for name, layer in self.layers.items():
-            layer.mask = masks[name].to_bool()
+        self.topology.set_masks({name: mask.to_bool() for name, mask in masks.items()})
+        engine = state["engine"]
+        self.topology.generator = generator
         self.steps = state["steps"]
-        self._generator = generator
+        self._frozen, self._due = engine["frozen"], engine["due"]
+        self._updated = engine["updated"]
+        if self.growth:
+            self.growth.load_state_dict(engine["growth"], self.layers)
+        self.load_method_state(engine["method"])
         self._stepped = False
+        self._replicas.check(self.topology)
         self._ask_for_dense_gradient()
+
+    def method_state(self) -> dict[str, Any]:
+        """What a method itself has to remember: nothing, unless it says so."""
+        return {}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Give back what :meth:`method_state` gave."""
+        if state:
+            raise ValueError(f"state: expected nothing of {self.name}'s own, got {sorted(state)}")
 
     def _checked_masks(self, state: Mapping[str, Any]) -> dict[str, BitMask]:
         if missing := STATE_KEYS - state.keys():
             raise ValueError(
                 f"state: expected what state_dict() gives, got none of {sorted(missing)}"
             )
-        _check_equal("method", state.get("method"), type(self).__name__)
         _check_equal("version", state.get("version"), STATE_VERSION)
-        for name, value in self._settings.items():
+        _check_equal("method", state.get("method"), self.name)
+        for name, value in described(self._settings).items():
             _check_equal(f"settings[{name!r}]", state["settings"].get(name), value)
         _check_equal("layers", list(state["masks"]), list(self.layers))
         steps, generator = state["steps"], state["generator"]
         if not isinstance(steps, int) or not 0 <= steps <= self.total_steps:
             raise ValueError(f"state: expected steps from 0 to {self.total_steps}, got {steps!r}")
-        like = self._generator.get_state()
+        like = self.topology.generator.get_state()
         if not isinstance(generator, Tensor) or generator.shape != like.shape:
             raise ValueError("state: expected the generator's state, a uint8 tensor, got another")
         masks = {}
@@ -231,10 +320,58 @@ class Sparsifier(ABC):
                 raise ValueError(f"state: masks[{name!r}]: {error}") from None
         return masks
 
+    # An update
+
+    def _update(self, due: int) -> None:
+        before = self._copy_of_masks() if self.observers else {}
+        self._pruned, self._due, self._updated = None, None, self.steps
+        with torch.no_grad():
+            self.update(due)
+        if self.growth:
+            self.growth.forget()
+        self._replicas.check(self.topology)
+        for follower in self._followers:
+            follower.catch_up(self.layers)
+        if self.observers:
+            change = MaskChange(self.steps, before, self._pruned or before, self._copy_of_masks())
+            for observer in self.observers:
+                observer(change)
+
+    def _postpones(self, due: int) -> bool:
+        """Whether growth scores forbid the update that is due; then it is due at the next step."""
+        if self.growth is None or self.growth.window == 0:
+            return False
+        scores = self.growth.scores(
+            self.layers, self.topology.place, self.topology.generator
+        ).values()
+        finite = [torch.isfinite(score).all() for score in scores]
+        if self._replicas.all_true(finite):
+            return False
+        log.warning(
+            "step %d: growth scores are not finite; the update of step %d waits for the next step",
+            self.steps,
+            due,
+        )
+        self.growth.forget()
+        self._due = due
+        return True
+
+    def _copy_of_masks(self) -> dict[str, Tensor]:
+        return {name: layer.bitmask.packed.clone() for name, layer in self.layers.items()}
+
     # Behind the scenes
 
+    def _is_update(self, step: int) -> bool:
+        return not self._frozen and self.clock.is_update(step)
+
+    def _wants_gradients(self, step: int) -> bool:
+        """Whether the gradients of a step must be dense, and there."""
+        window = 0 if self.growth is None else self.growth.window
+        soon = any(self._is_update(step + ahead) for ahead in range(window))
+        return soon or (window > 0 and self._due is not None)
+
     def _check_gradients(self) -> None:
-        if all(layer.weight.grad is None for layer in self.layers.values()):
+        if all(weight.grad is None for weight in self.topology.params):
             raise RuntimeError(
                 "no layer has a gradient: call sparsifier.step() after backward(), before zero_grad()"
             )
@@ -250,64 +387,30 @@ class Sparsifier(ABC):
             )
 
     def _ask_for_dense_gradient(self) -> None:
-        """A backward pass computes dense weight gradients only for the step before an update."""
-        wanted = self.needs_dense_gradient and self.clock.is_update(self.steps + 1)
+        """A backward pass computes dense weight gradients only for the steps before an update."""
+        wanted = self._wants_gradients(self.steps + 1)
         if wanted != self._asked_for_dense_gradient:
-            for layer in self._sharers:  # of a shared weight every layer adds to the gradient
-                layer.dense_grad.fill_(wanted)
-            self._asked_for_dense_gradient = wanted
+            self._set_dense_gradient(wanted)
+
+    def _set_dense_gradient(self, wanted: bool) -> None:
+        for layer in self._sharers:  # of a shared weight every layer adds to the gradient
+            layer.dense_grad.fill_(wanted)
+        self._asked_for_dense_gradient = wanted
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """A step with infinite gradients, which a GradScaler marks on the optimizer, was none."""
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         self._stepped = found_inf is None or not bool(found_inf)
-        if self._stepped and not isinstance(optimizer, MaskedSGD):
-            weights, masks = self._weights_and_masks(self.layers.values())
-            with torch.no_grad():
-                zero_inactive_(weights, masks)
-                self._zero_states(weights, masks)
-
-    @staticmethod
-    def _weights_and_masks(
-        layers: Iterable[MaskedConv2d | MaskedLinear],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [(layer.weight, layer.bitmask.packed) for layer in layers]
-        return [weight for weight, _ in pairs], [mask for _, mask in pairs]
-
-    def _momenta(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
-        """MaskedSGD's momentum, which the kernels handle in the pass that changes the mask."""
-        if not isinstance(self._optimizer, MaskedSGD):
-            return None
-        momenta = [self._optimizer.momentum_of(weight) for weight in weights]
-        present = [momentum for momentum in momenta if momentum is not None]
-        return present if len(present) == len(weights) else None
-
-    def _zero_states(
-        self,
-        weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        but: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Zero every optimizer state of a weight's shape where the weight is inactive."""
-        done = {id(state) for state in but or ()}
-        states, state_masks = [], []
-        for weight, mask in zip(weights, masks, strict=True):
-            for key, state in self._optimizer.state.get(weight, {}).items():
-                if (
-                    not isinstance(state, Tensor)
-                    or state.shape != weight.shape
-                    or id(state) in done
-                ):
-                    continue
-                if state.stride() != weight.stride():  # a mask fits one layout only
-                    state = torch.empty_like(weight, dtype=state.dtype).copy_(state)
-                    self._optimizer.state[weight][key] = state
-                states.append(state)
-                state_masks.append(mask)
-        zero_inactive_(states, state_masks)
+        if not self._stepped:
+            return
+        with torch.no_grad():
+            if not isinstance(optimizer, MaskedSGD) or not self.topology.place.is_whole:
+                self.topology.settle()
+            if self.growth and self._asked_for_dense_gradient:
+                self.growth.observe(self.layers, getattr(optimizer, "grad_scale", None))
 
 
-def layers_of(model: nn.Module) -> dict[str, MaskedConv2d | MaskedLinear]:
+def layers_of(model: nn.Module) -> dict[str, Layer]:
     """The masked layers of a model; of layers that share a weight, the first.
 
     Raises:
@@ -321,9 +424,7 @@ def layers_of(model: nn.Module) -> dict[str, MaskedConv2d | MaskedLinear]:
     return layers
 
 
-def _check_optimizer(
-    optimizer: torch.optim.Optimizer, layers: Mapping[str, MaskedConv2d | MaskedLinear]
-) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, layer in layers.items():
         if layer.weight.requires_grad and id(layer.weight) not in held:

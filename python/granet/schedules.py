@@ -1,7 +1,8 @@
 """Times and hyperparameters as functions of the step.
 
 A schedule is a frozen callable from the number of successful optimizer steps so far to a float. It
-holds no state, so resuming a run needs nothing but the step counter.
+holds no state, so resuming a run needs nothing but the step counter. A curve is what a ramp follows
+on the way from its initial to its final value: a rising function from [0, 1] to [0, 1].
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 from granet.distributions import active_fraction
 
 Schedule = Callable[[int], float]
+Curve = Callable[[float], float]
+"""Share of the rise, from the share of a ramp's updates; the ends are 0 and 1 whatever it returns."""
 
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -101,12 +104,109 @@ class CosineDecay:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CubicRamp:
-    """Sparsity in force after an update at `step`, rising from `initial` to `final`.
+class LinearDecay:
+    """A straight line from `initial` to `floor`, which holds after `total_steps`."""
 
-    ``final + (initial - final) * (1 - progress) ** 3`` (Zhu & Gupta, 2017; GraNet, Eq. 1), where
-    progress counts updates: the update at step ``every * i`` has progress ``(i - first) / n``.
-    The ramp never falls, and the update at ``floor(end / every)`` gives `final` itself.
+    initial: float
+    """Value at step 0, in [floor, 1]."""
+    total_steps: int
+    """Step at which `floor` is reached, at least 1."""
+    floor: float = 0.0
+    """Last value, in [0, 1]."""
+
+    def __call__(self, step: int) -> float:
+        left = max(self.total_steps - step, 0) / self.total_steps
+        return min(self.floor + (self.initial - self.floor) * left, self.initial)
+
+    def __post_init__(self) -> None:
+        _check_fraction("floor", self.floor)
+        _check_positive("total_steps", self.total_steps)
+        _check_fraction("initial", self.initial)
+        if self.initial < self.floor:
+            raise ValueError(
+                f"initial: expected a number in [floor={self.floor}, 1], got {self.initial}"
+            )
+
+
+DROP_SCHEDULES = ("cosine", "linear", "constant")
+
+
+def as_drop_schedule(
+    drop_fraction: float | Schedule, kind: str, total_steps: int, *, cosine_floor: float = 0.005
+) -> Schedule:
+    """The share of active weights that updates replace, over a run: a schedule as it is, or from a number.
+
+    Args:
+        drop_fraction: at step 0, in [0, 1]; or a schedule.
+        kind: one of `DROP_SCHEDULES`.
+        total_steps: length of the decay.
+        cosine_floor: where the cosine ends; 0.005 in the code published with GraNet.
+
+    Raises:
+        ValueError: no schedule has this name, or `drop_fraction` is out of range.
+    """
+    if kind not in DROP_SCHEDULES:
+        known = ", ".join(DROP_SCHEDULES)
+        raise ValueError(f"drop_schedule: expected one of {known}, got {kind!r}")
+    if callable(drop_fraction):
+        return drop_fraction
+    _check_fraction("drop_fraction", drop_fraction)
+    if kind == "constant":
+        return Constant(value=drop_fraction)
+    if kind == "linear":
+        return LinearDecay(initial=drop_fraction, total_steps=total_steps)
+    floor = min(cosine_floor, drop_fraction)
+    return CosineDecay(initial=drop_fraction, total_steps=total_steps, floor=floor)
+
+
+def cubic(progress: float) -> float:
+    """Fast at first, slow at the end (Zhu & Gupta, 2017)."""
+    remaining = 1.0 - progress
+    return 1.0 - remaining * remaining * remaining
+
+
+def linear(progress: float) -> float:
+    """The same amount at every update."""
+    return progress
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine: slow at both ends."""
+    return 0.5 - 0.5 * math.cos(math.pi * progress)
+
+
+def sigmoid(progress: float) -> float:
+    """The logistic function between -6 and 6: slower at both ends than the cosine."""
+    lowest = _logistic(-6.0)
+    return (_logistic(12.0 * progress - 6.0) - lowest) / (1.0 - 2.0 * lowest)
+
+
+def _logistic(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+def constant(progress: float) -> float:
+    """All at the first update."""
+    return 1.0
+
+
+CURVES: Mapping[str, Curve] = {
+    "cubic": cubic,
+    "linear": linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "constant": constant,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ramp:
+    """Sparsity in force after an update at `step`, rising from `initial` to `final` along a curve.
+
+    With the cubic curve ``final + (initial - final) * (1 - progress) ** 3`` (Zhu & Gupta, 2017;
+    GraNet, Eq. 1). Progress counts updates: the update at step ``every * i`` has progress ``(i -
+    first) / n``. The ramp stays within its ends, and the update at ``floor(end / every)`` gives
+    `final` itself.
 
     With `official_rounding` it is the published code's ramp, in that code's order of floating
     operations: its last prune is at progress ``(n - 1) / n``, so it stays short of `final` by
@@ -123,6 +223,8 @@ class CubicRamp:
     """Step at or before which the last prune happens."""
     every: int
     """Steps from one update to the next, at least 1."""
+    curve: str | Curve = "cubic"
+    """A key of `CURVES`, or a function."""
     official_rounding: bool = False
     """Reproduce the published code's updates and values instead of landing on `final`."""
 
@@ -135,10 +237,9 @@ class CubicRamp:
             return self.final
         if update <= first:
             return self.initial
-        # Products and one division, each rounded correctly, keep the ramp monotone; the minimum
-        # keeps the rounded difference below from lifting a value past `final`.
-        remaining = (last - update) / (last - first)
-        risen = 1.0 - remaining * remaining * remaining
+        curve = self.curve if callable(self.curve) else CURVES[self.curve]
+        risen = min(max(curve((update - first) / (last - first)), 0.0), 1.0)
+        # The minimum keeps the rounded difference from lifting a value past `final`.
         return min(self.initial + (self.final - self.initial) * risen, self.final)
 
     def prunes_at(self, step: int) -> bool:
@@ -163,6 +264,13 @@ class CubicRamp:
         return (1 - initial_active) + (initial_active - final_active) * (1 - decay)
 
     def __post_init__(self) -> None:
+        if not callable(self.curve) and self.curve not in CURVES:
+            known = ", ".join(CURVES)
+            raise ValueError(f"ramp: expected one of {known}, or a function, got {self.curve!r}")
+        if self.official_rounding and self.curve not in ("cubic", cubic):
+            raise ValueError(
+                f"ramp: expected 'cubic' with official_rounding=True, got {self.curve!r}"
+            )
         _check_sparsity("initial", self.initial)
         _check_sparsity("final", self.final)
         if self.final < self.initial:
@@ -204,6 +312,73 @@ class UpdateClock:
         _check_step("stop", self.stop)
         if self.stop < self.start:
             raise ValueError(f"stop: expected a step of at least {self.start}, got {self.stop}")
+
+
+def updates(
+    total_steps: int,
+    every: int,
+    *,
+    start: int = 0,
+    until: int,
+    official_rounding: bool = False,
+) -> UpdateClock:
+    """The clock of a run that updates its masks from one step to another.
+
+    The run's last step is no update, for what regrows there would stay zero; the published code
+    does not mind.
+    """
+    if every < 1:
+        raise ValueError(f"update_every: expected at least 1 step, got {every}")
+    last = total_steps if official_rounding else total_steps - 1
+    return UpdateClock(every=every, start=start, stop=max(min(until, last) + 1, start))
+
+
+def never() -> UpdateClock:
+    """The clock of masks that stay as they are."""
+    return UpdateClock(every=1, start=0, stop=0)
+
+
+def gradual(
+    initial: float,
+    final: float,
+    *,
+    total_steps: int,
+    every: int,
+    prune_from: int | str,
+    prune_until: int | str,
+    curve: str | Curve,
+    official_rounding: bool,
+) -> tuple[Ramp, UpdateClock]:
+    """The ramp of a run, from a time to a time, and its clock, which goes on to the end.
+
+    Raises:
+        ValueError: a value is out of range, or no update falls into the ramp.
+    """
+    check_sparsities(initial, final)
+    start = as_step(prune_from, total_steps, "prune_from")
+    until = as_step(prune_until, total_steps, "prune_until")
+    clock = updates(
+        total_steps, every, start=start, until=total_steps, official_rounding=official_rounding
+    )
+    last = total_steps if official_rounding else total_steps - 1
+    ramp = Ramp(
+        initial=initial,
+        final=final,
+        begin=start,
+        end=min(until, last),
+        every=every,
+        curve=curve,
+        official_rounding=official_rounding,
+    )
+    return ramp, clock
+
+
+def check_sparsities(initial: float, final: float) -> None:
+    """Raise ValueError unless a run may begin with the one and end with the other."""
+    for name, value in (("initial_sparsity", initial), ("sparsity", final)):
+        _check_sparsity(name, value)
+    if initial > final:
+        raise ValueError(f"initial_sparsity: expected at most sparsity, {final}, got {initial}")
 
 
 def _as_int(name: str, value: object, expected: str) -> int:

@@ -4,6 +4,7 @@ A run directory holds
 
     args.yaml      the configuration; `granet train -c` reads it
     metrics.csv    one row an epoch (`EpochMetrics`)
+    topology.csv   one row for each layer in each update (`granet.monitor.LayerChange`)
     events.out.*   the same numbers for TensorBoard, and the running loss
     last.pt        the newest checkpoint (granet.checkpoint)
     best.pt        the checkpoint of the epoch that was best on the validation images, among those
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-ARGS, METRICS, SUMMARY = "args.yaml", "metrics.csv", "summary.yaml"
+ARGS, METRICS, TOPOLOGY, SUMMARY = "args.yaml", "metrics.csv", "topology.csv", "summary.yaml"
 LAST, BEST = "last.pt", "best.pt"
 
 
@@ -116,40 +117,41 @@ def read_summary(path: Path) -> Summary:
         raise ValueError(f"{path}: expected a summary of a granet run: {error}") from None
 
 
-def _read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    """The rows of a metrics file that was perhaps edited by hand, or cut short by a crash."""
+def _read_rows(path: Path, columns: list[str], key: str) -> list[dict[str, str]]:
+    """The rows of a table that was perhaps edited by hand, or cut short by a crash."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         whole = [row for row in rows if None not in row.values()]
         for row in whole:
-            int(row["epoch"])
+            int(row[key])
     except (OSError, UnicodeDecodeError, ValueError, KeyError, csv.Error) as error:
         expected = f"a table with the columns {', '.join(columns)}"
         raise ValueError(f"{path}: expected {expected}, got an unreadable one ({error})") from None
     return whole
 
 
-class MetricsFile:
-    """metrics.csv: opened at the epoch a run stands at, so that no row appears twice."""
+class Table:
+    """A CSV file of dataclass rows, opened where a run stands, so that no row appears twice."""
 
-    def __init__(self, path: Path, *, epochs_done: int) -> None:
+    def __init__(self, path: Path, row: type, *, key: str, until: int) -> None:
+        """Keep the rows there that have at most ``until`` in the column ``key``."""
         self.path = path
-        columns = [field.name for field in dataclasses.fields(EpochMetrics)]
+        columns = [field.name for field in dataclasses.fields(row)]
         rows: list[dict[str, str]] = []
         if path.exists():
-            rows = _read_rows(path, columns)
+            rows = _read_rows(path, columns, key)
         temporary = path.with_suffix(".csv.tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(row for row in rows if int(row["epoch"]) <= epochs_done)
+            writer.writerows(row for row in rows if int(row[key]) <= until)
         os.replace(temporary, path)
 
-    def append(self, metrics: EpochMetrics) -> None:
-        """Add one epoch's row."""
+    def append(self, *rows: Any) -> None:
+        """Add rows."""
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(dataclasses.astuple(metrics))
+            csv.writer(file).writerows(dataclasses.astuple(row) for row in rows)
 
 
 class Display(Protocol):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from granet import build
@@ -25,8 +23,9 @@ from granet.checkpoint import (
 )
 from granet.config import TrainConfig, write_config_file
 from granet.flops import TrainingFlops, inference_flops, measure
+from granet.monitor import LayerChange, Scalars, TopologyMonitor
+from granet.passes import Passes
 from granet.progress import Progress, RunningMetrics
-from granet.schedules import as_step
 from granet.stopping import Stopped, StopSignals
 from granet.telemetry import (
     ARGS,
@@ -34,10 +33,11 @@ from granet.telemetry import (
     LAST,
     METRICS,
     SUMMARY,
+    TOPOLOGY,
     EpochMetrics,
     Events,
-    MetricsFile,
     Summary,
+    Table,
     create_run_directory,
     make_display,
     write_summary,
@@ -93,15 +93,16 @@ class Trainer:
 
         self.model = build.build_model(config, self.source, self.device)
         self.masked = masked_layers(self.model)
-        self.forward: Callable[[Tensor], Tensor] = (
-            torch.compile(self.model) if config.torchcompile else self.model
-        )
         self.optimizer = build.build_optimizer(config, self.model)
-        self.scheduler = build.build_scheduler(config, self.optimizer, self.total_steps)
-        self.scaler = build.build_scaler(config, self.device)
         self.sparsifier = build.build_sparsifier(
             config, self.model, self.optimizer, self.total_steps
         )
+        self.scheduler = build.build_scheduler(
+            config, self.optimizer, self.total_steps, self.sparsifier
+        )
+        self.scaler = build.build_scaler(config, self.device)
+        self.passes = Passes(config, self.model, self.optimizer, self.scaler, self.device)
+        self.monitor = None if self.sparsifier is None else TopologyMonitor(self.sparsifier)
         self.dense_flops = measure(self.model, self.source.sample_shape)
         self.flops = TrainingFlops(self.dense_flops)
         self.progress = Progress()
@@ -110,11 +111,17 @@ class Trainer:
 
         self.directory = config.run_directory if resume is None else resume.path.parent
         if resume is None:
+            build.start_sparsifier(config, self.sparsifier, self.source, self.device)
             create_run_directory(self.directory)
             self.save(LAST)  # whatever happens from here on, the run can be resumed
         else:
             self.restore(resume)
-        self.metrics = MetricsFile(self.directory / METRICS, epochs_done=self.progress.epoch)
+        self.metrics = Table(
+            self.directory / METRICS, EpochMetrics, key="epoch", until=self.progress.epoch
+        )
+        self.topology = Table(
+            self.directory / TOPOLOGY, LayerChange, key="step", until=self.progress.step
+        )
         write_config_file(self.directory / ARGS, config)
         self.active_fraction = self.active_fractions()
         self.first_step = self.progress.step
@@ -127,16 +134,7 @@ class Trainer:
         batches = self.source.train_batches(self.progress.epoch, start=self.progress.batch)
         self.model.train()
         for _ in range(self.progress.batch, self.batches_per_epoch, accumulate):
-            for images, labels in itertools.islice(batches, accumulate):
-                with self.autocast():
-                    outputs = self.forward(self.layout(images))
-                    loss = F.cross_entropy(outputs, labels, label_smoothing=config.smoothing)
-                self.scaler.scale(loss / accumulate).backward()
-                self.running.add(loss, outputs, labels)
-            if config.clip_grad is not None:
-                self.scaler.unscale_(self.optimizer)
-                build.clip_gradients(self.model, config.clip_grad)
-            stepped = build.step_optimizer(self.scaler, self.optimizer)
+            stepped = self.passes.step(itertools.islice(batches, accumulate), self.see)
             self.flops.add(self.active_fraction, accumulate * config.batch_size)
             if self.sparsifier is not None and self.sparsifier.step():
                 self.active_fraction = self.active_fractions()
@@ -145,7 +143,7 @@ class Trainer:
                 self.scheduler.step()
                 self.progress.step += 1
             self.progress.batch += accumulate
-            self.after_step(loss)
+            self.after_step()
 
     def run(self) -> Summary:
         """Train the epochs that are left, then test. See `train` for what it raises."""
@@ -155,6 +153,10 @@ class Trainer:
     def _run(self) -> Summary:
         config, progress = self.config, self.progress
         self.events = Events(self.directory, step=progress.step)
+        if self.monitor is not None:
+            self.monitor.sinks = [lambda rows: self.topology.append(*rows)]
+            if self.events.writer is not None:
+                self.monitor.sinks.append(Scalars(self.events.writer))
         self.display = make_display(
             epochs=config.epochs, total_steps=self.total_steps, step=progress.step
         )
@@ -172,13 +174,18 @@ class Trainer:
             self.events.close()
             self.display.close()
 
-    def after_step(self, loss: Tensor) -> None:
+    def see(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
+        """A batch's loss and accuracy into the epoch's means."""
+        self.running.add(loss, outputs, labels)
+        self.last_loss = loss
+
+    def after_step(self) -> None:
         """Show the step, and stop where that was asked for."""
         progress, interval = self.progress, self.config.log_interval
         self.display.step(progress.step)
         step_of_epoch = progress.batch // self.config.grad_accum_steps
         if interval and step_of_epoch % interval == 0:
-            value, lr = loss.item(), self.last_lr()
+            value, lr = self.last_loss.item(), self.last_lr()
             self.display.running(progress.epoch + 1, progress.step, value, lr)
             self.events.running(progress.step, value, lr)
         self.stop_if_asked()
@@ -250,26 +257,7 @@ class Trainer:
 
     def evaluate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Mean cross-entropy, and accuracy in percent, in evaluation mode."""
-        metrics = RunningMetrics(self.device)
-        self.model.eval()
-        with torch.no_grad():
-            for images, labels in batches:
-                with self.autocast():
-                    outputs = self.forward(self.layout(images))
-                    loss = F.cross_entropy(outputs, labels)
-                metrics.add(loss, outputs, labels)
-                self.stop_if_asked()
-        return metrics.means()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision where the configuration asks for it."""
-        if not self.config.amp:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.amp_dtype))
-
-    def layout(self, images: Tensor) -> Tensor:
-        """Images in the model's memory format."""
-        return images.to(memory_format=build.memory_format(self.config))
+        return self.passes.evaluate(batches, self.stop_if_asked)
 
     def last_lr(self) -> float:
         """Learning rate of the step before; the scheduler itself is one step ahead."""
@@ -291,15 +279,8 @@ class Trainer:
         return dict(zip(self.masked, counts.tolist(), strict=True))
 
     def is_final_network(self) -> bool:
-        """Whether the network could be the result: at final sparsity, every active weight trained.
-
-        Before, it has more weights than it may; right after an update the regrown ones are zeros.
-        """
-        if self.sparsifier is None:
-            return True
-        end = as_step(self.config.prune_end, self.total_steps, "prune_end")
-        steps = self.sparsifier.steps
-        return steps >= end and not self.sparsifier.clock.is_update(steps)
+        """Whether the network could be the result: before, it has more weights than it may."""
+        return self.sparsifier is None or self.sparsifier.is_final
 
     def count_weights(self) -> tuple[int, int]:
         """Active weights, and all weights, of the network's convolutions and linear layers."""
@@ -335,6 +316,7 @@ class Trainer:
             "scheduler": self.scheduler,
             "scaler": self.scaler,
             "sparsifier": self.sparsifier,
+            "topology": self.monitor,
             "flops": self.flops,
         }
 
@@ -375,7 +357,9 @@ class Trainer:
         config = self.config
         _, total = self.count_weights()
         start = f"from step {self.progress.step} of " if self.progress.step else ""
-        goal = f", sparsity {config.init_sparsity} to {config.sparsity}" if self.masked else ""
+        goal = ""
+        if self.sparsifier is not None:
+            goal = f", sparsity {self.sparsifier.sparsity:.4g} to {config.sparsity}"
         return (
             f"{config.method} {config.model} on {config.dataset}: {total:,} weights{goal}; "
             f"{start}{self.total_steps} steps on {self.device}; {self.directory}"

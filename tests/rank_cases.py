@@ -1,0 +1,305 @@
+"""What one process of several does: ``torchrun -m tests.rank_cases CASE DIRECTORY``.
+
+The tests that start these are ``test_ddp.py`` and ``test_fsdp.py``; results are compared there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from granet import METHODS, GraNet
+from granet_kernels import MaskedSGD, sparsify
+
+STEPS, EVERY, BATCH = 24, 4, 8
+SETTINGS: dict[str, Any] = {
+    "sparsity": 0.8,
+    "initial_sparsity": 0.5,
+    "total_steps": STEPS,
+    "update_every": EVERY,
+}
+
+
+def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Rows that two and four ranks cannot share evenly, and fewer rows than four."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(2, 7, 3), nn.ReLU(), nn.Flatten(), nn.Linear(63, 9), nn.Tanh(), nn.Linear(9, 3)
+    )
+    return sparsify(model.to(dtype))
+
+
+def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(BATCH, 2, 5, 5, generator=generator, dtype=torch.float64)
+    return images.to(dtype), torch.randint(3, (BATCH,), generator=generator)
+
+
+def share(tensor: Tensor) -> Tensor:
+    """This rank's part of a batch."""
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+# --- whole weights --------------------------------------------------------------------------------
+
+
+def make_ddp(kind: str = "granet") -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    # Ranks begin with other weights and seeds, which DDP and the sparsifier make equal.
+    model = DistributedDataParallel(network(seed=dist.get_rank()))
+    optimizer = MaskedSGD(model.parameters(), lr=0.05, momentum=0.9)
+    settings = SETTINGS if kind == "granet" else {"sparsity": 0.8, "total_steps": STEPS}
+    method: Any = METHODS[kind]
+    return model, optimizer, method(model, optimizer, seed=dist.get_rank(), **settings)
+
+
+def ddp(directory: Path, accumulate: int = 1, kind: str = "granet") -> None:
+    model, optimizer, sparsifier = make_ddp(kind)
+    if hasattr(sparsifier, "start"):
+        sparsifier.start([tuple(map(share, batch(0)))])
+    for step in range(STEPS):
+        images, labels = map(share, batch(step))
+        for piece in range(accumulate):
+            is_last = piece == accumulate - 1
+            with nullcontext() if is_last else model.no_sync():
+                part, target = images.chunk(accumulate)[piece], labels.chunk(accumulate)[piece]
+                (loss_of(model, part, target) / accumulate).backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+    save(directory, model.module, sparsifier)
+
+
+def ddp_no_sync(directory: Path) -> None:
+    ddp(directory, accumulate=2)
+
+
+def ddp_set(directory: Path) -> None:
+    ddp(directory, kind="set")
+
+
+def ddp_snip(directory: Path) -> None:
+    ddp(directory, kind="snip")
+
+
+def ddp_killed(directory: Path) -> None:
+    """The last rank dies once in the middle; torchrun starts all of them again, and they resume."""
+    model, optimizer, sparsifier = make_ddp()
+    newest = directory / "newest.pt"
+    start = 0
+    if newest.exists():
+        saved = torch.load(newest, weights_only=True)
+        start = saved["step"]
+        model.module.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        sparsifier.load_state_dict(saved["sparsifier"])
+    for step in range(start, STEPS):
+        loss_of(model, *map(share, batch(step))).backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+        if dist.get_rank() == 0 and step % 3 == 0:
+            states = {
+                "step": step + 1,
+                "model": model.module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "sparsifier": sparsifier.state_dict(),
+            }
+            torch.save(states, directory / "writing.pt")
+            os.replace(directory / "writing.pt", newest)
+        dist.barrier()
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        if step == 14 and is_last and not (directory / "died").exists():
+            (directory / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    save(directory, model.module, sparsifier)
+
+
+def ddp_differing(directory: Path) -> None:
+    """Gradients of the step before an update that no one averaged."""
+    model, optimizer, sparsifier = make_ddp()
+    before = sparsifier.layers["3"].mask
+    if dist.get_rank() == 1:
+        sparsifier.layers["3"].mask = ~before  # no one may put this right behind our back
+    model(batch(0)[0])
+    assert torch.equal(sparsifier.layers["3"].mask, before) == (dist.get_rank() != 1)
+    sparsifier.layers["3"].mask = before
+    try:
+        for step in range(STEPS):
+            with model.no_sync():
+                loss_of(model, *map(share, batch(step))).backward()
+            optimizer.step()
+            sparsifier.step()
+            optimizer.zero_grad()
+    except RuntimeError as error:
+        (directory / f"error-{dist.get_rank()}").write_text(str(error))
+
+
+# --- rows of weights ------------------------------------------------------------------------------
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "granet": {},
+    "granet-momentum": {"grow": "momentum", "redistribution": "momentum", "regrown": "layer_mean"},
+    "granet-random": {
+        "grow": "random",
+        "drop": "sign",
+        "redistribution": "magnitude",
+        "scope": "layer",
+    },
+}
+
+
+def make_fsdp(
+    kind: str = "granet", opt: str = "sgd"
+) -> tuple[nn.Module, torch.optim.Optimizer, GraNet]:
+    model = network(dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model[0], model[3], model[5]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = make_optimizer(model, opt)
+    return model, optimizer, GraNet(model, optimizer, **(SETTINGS | SHARDED[kind]))
+
+
+def make_optimizer(model: nn.Module, opt: str) -> torch.optim.Optimizer:
+    if opt == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    kind = MaskedSGD if opt == "masked" else torch.optim.SGD
+    return kind(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+
+
+def given_gradients(model: nn.Module, step: int) -> None:
+    """The same on one process and on several: with repeated magnitudes, so that ties are decided."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        values = torch.randint(-40, 40, parameter.shape, generator=generator) / 16.0
+        if isinstance(parameter, DTensor):
+            values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+        parameter.grad = values
+
+
+def step_with_given_gradients(
+    parts: tuple[nn.Module, torch.optim.Optimizer, GraNet], step: int
+) -> None:
+    model, optimizer, sparsifier = parts
+    given_gradients(model, step)
+    optimizer.step()
+    sparsifier.step()
+    optimizer.zero_grad()
+
+
+def fsdp(directory: Path) -> None:
+    for kind in SHARDED:
+        for opt in ("sgd", "adamw", "masked"):
+            parts = make_fsdp(kind, opt)
+            assert isinstance(parts[0][0].weight, DTensor)
+            for step in range(STEPS):
+                step_with_given_gradients(parts, step)
+            momentum = next(iter(parts[1].state[parts[0][3].weight].values()))
+            assert momentum is None or opt == "adamw" or momentum.to_local().numel() < 63 * 9
+            save(directory, parts[0], parts[2], f"{kind}-{opt}.pt")
+
+
+def fsdp_training(directory: Path) -> None:
+    """Real forward and backward passes, each rank with its share of the batch."""
+    model, optimizer, sparsifier = make_fsdp()
+    for step in range(STEPS):
+        loss_of(model, *map(share, batch(step, torch.float32))).backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+    save(directory, model, sparsifier)
+
+
+def fsdp_save(directory: Path) -> None:
+    parts = make_fsdp("granet-momentum")
+    for step in range(STEPS // 2 - 1):
+        step_with_given_gradients(parts, step)
+    dcp.save(_states(parts), checkpoint_id=directory / "checkpoint")
+
+
+def fsdp_load(directory: Path) -> None:
+    parts = make_fsdp("granet-momentum")
+    for step in range(STEPS // 2 - 1):  # so that there are states to load into, of other values
+        step_with_given_gradients(parts, step + 1000)
+    states = _states(parts)
+    dcp.load(states, checkpoint_id=directory / "checkpoint")
+    set_state_dict(
+        parts[0], parts[1], model_state_dict=states["model"], optim_state_dict=states["optimizer"]
+    )
+    parts[2].load_state_dict(states["sparsifier"])
+    for step in range(STEPS // 2 - 1, STEPS):
+        step_with_given_gradients(parts, step)
+    save(directory, parts[0], parts[2])
+
+
+def _states(parts: tuple[nn.Module, torch.optim.Optimizer, GraNet]) -> dict[str, Any]:
+    model, optimizer = get_state_dict(parts[0], parts[1])
+    return {"model": model, "optimizer": optimizer, "sparsifier": parts[2].state_dict()}
+
+
+def fsdp_refused(directory: Path) -> None:
+    errors = []
+    model = network(dtype=torch.float32)
+    fully_shard(model[3], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for method, settings in (("granet", SETTINGS), ("snip", {"sparsity": 0.5, "total_steps": 9})):
+        if method == "snip":
+            fully_shard(model)
+        try:
+            METHODS[method](model, make_optimizer(model, "sgd"), **settings)  # type: ignore[call-arg]
+        except ValueError as error:
+            errors.append(str(error))
+    if dist.get_rank() == 0:
+        (directory / "errors").write_text("\n".join(errors))
+
+
+def save(directory: Path, model: nn.Module, sparsifier: Any, name: str = "result.pt") -> None:
+    weights = {
+        key: value.full_tensor() if isinstance(value, DTensor) else value
+        for key, value in model.state_dict().items()
+    }
+    masks = {name: layer.mask for name, layer in sparsifier.layers.items()}
+    if dist.get_rank() == 0:
+        torch.save({"model": weights, "masks": masks}, directory / name)
+
+
+CASES: dict[str, Callable[[Path], None]] = {
+    case.__name__: case
+    for case in (
+        ddp,
+        ddp_no_sync,
+        ddp_set,
+        ddp_snip,
+        ddp_killed,
+        ddp_differing,
+        fsdp,
+        fsdp_training,
+        fsdp_save,
+        fsdp_load,
+        fsdp_refused,
+    )
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    CASES[sys.argv[1]](Path(sys.argv[2]))
+    dist.destroy_process_group()
