@@ -18,7 +18,7 @@ DEMO_GRANET = $(BIN)/granet train --method granet --init-sparsity 0.5 --sparsity
 CLANG ?= $(firstword $(notdir $(wildcard /usr/bin/clang++ /usr/bin/clang++-[0-9][0-9])) clang++)
 FUZZ_SECONDS ?= 30
 
-# What bench-cpu measures: all of bench/cpu, or a GROUP of step, selection, update, conv, linear, training, inference.
+# What bench-cpu measures: all of bench/cpu, or a GROUP: step, selection, update, conv, linear, training, inference, engine.
 # QUICK=1: a few cases and rounds of each, in two minutes instead of fifteen.
 GROUP ?=
 QUICK ?=

@@ -21,7 +21,7 @@ def run_ranks(case: str, count: int, directory: Path, *, restarts: int = 0) -> N
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-20_000:]
 
 
 def result_of(directory: Path, name: str = "result.pt") -> dict[str, Any]:

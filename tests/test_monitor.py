@@ -15,7 +15,7 @@ from torch import nn
 
 from granet import GraNet
 from granet.methods import GMP
-from granet.monitor import JsonLines, LayerChange, Scalars, TopologyMonitor
+from granet.monitor import Csv, JsonLines, LayerChange, Scalars, TopologyMonitor
 from granet.train import train
 from granet_kernels import MaskedSGD, sparsify
 from tests.tiny_runs import tiny, tiny_config  # noqa: F401
@@ -158,12 +158,18 @@ def test_where_rows_go(tmp_path: Path) -> None:
             self.scalars.append(scalar)
 
     made, writer = parts(), Writer()
-    TopologyMonitor(made[2], JsonLines(tmp_path / "topology.jsonl"), Scalars(writer))
+    table = Csv(tmp_path / "topology.csv")
+    TopologyMonitor(made[2], JsonLines(tmp_path / "topology.jsonl"), Scalars(writer), table)
     train_to(9, made)
     lines = [json.loads(line) for line in (tmp_path / "topology.jsonl").read_text().splitlines()]
     assert [line["layer"] for line in lines] == ["0", "3", "4"]  # the second waits for the third
     assert set(lines[0]) == {field.name for field in dataclasses.fields(LayerChange)}
     assert ("topology/sparsity/0", lines[0]["sparsity"], 4) in writer.scalars
+    train_to(STEPS, made, 9)
+    with table.path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layer"] for row in rows] == ["0", "3", "4"] * 4
+    assert list(rows[0]) == [field.name for field in dataclasses.fields(LayerChange)]
 
 
 def test_a_run_keeps_its_topology_in_a_table(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ STEP: Mapping[float, Target] = {
 SELECT_MASK = Target(2.5, cost=True)
 SELECT_PRUNE = Target(5.0, cost=True)
 UPDATE = Target(100.0)
+# The engine's share of a training step outside updates.
+ENGINE = Target(0.002, cost=True)
 
 DENSE, SPARSEPROP = "dense", "SparseProp"
 CONV_NEVER_SLOWER = Target(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import logging
@@ -205,6 +206,21 @@ class TopologyMonitor:
                     row.active,
                     row.numel,
                 )
+
+
+class Csv:
+    """A sink that appends a row for each layer to a CSV file, after a header in a new one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, rows: Sequence[LayerChange]) -> None:
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(LayerChange)])
+            if is_new:
+                writer.writeheader()
+            writer.writerows(map(dataclasses.asdict, rows))
 
 
 class JsonLines:
