@@ -136,7 +136,7 @@ BAD_INPUT = {
     "train --sparsity 1.2": "sparsity: expected a number in [0, 1), got 1.2",
     "train --dataset cifar10 --data-dir nowhere": "nowhere",
     "train --dataset cifar10": "data_dir",
-    "train -c none.yaml": "config: expected a YAML file, found none at none.yaml",
+    "train -c none.yaml": "config: expected a YAML file or a recipe, found none at none.yaml",
     "train --resume nowhere": "checkpoint: expected a file, found none at nowhere",
     "train --resume": "found none at runs/digits-resnet_tiny-granet-0/last.pt",
     "train --prune-end 3 --update-freq 4": "prune_end: the ramp from step 0 to 3 holds no update",

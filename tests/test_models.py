@@ -20,6 +20,11 @@ def parameters(model: nn.Module) -> int:
         # He et al. (2016), table 6: 0.27 M and 0.46 M.
         ("resnet20", 3, 32, 269_722),
         ("resnet32", 3, 32, 464_154),
+        # Zagoruyko & Komodakis (2016), table 4: 11.0 M and 36.5 M.
+        ("wrn16_8", 3, 32, 10_961_370),
+        ("wrn28_10", 3, 32, 36_479_194),
+        # Torchvision's 20,035,136 of features, and the classifier.
+        ("vgg19_cifar", 3, 32, 20_040_522),
         # Torchvision's 11,689,512 and 25,557,032, less the larger stem and 990 of 1000 classes.
         ("resnet18_cifar", 3, 32, 11_689_512 - 64 * 3 * (49 - 9) - 990 * 513),
         ("resnet50_cifar", 3, 32, 25_557_032 - 64 * 3 * (49 - 9) - 990 * 2049),
@@ -124,3 +129,22 @@ def test_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     create_model("resnet_tiny", num_classes=10)
     with pytest.raises(ImportError, match=r"'resnet18' .* torchvision, .* \[train\] extra"):
         create_model("resnet18", num_classes=10)
+
+
+def test_timm_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Timm:
+        def list_models(self) -> list[str]:
+            return ["resnet26d", "resnet50d"]
+
+        def create_model(self, name: str, *, num_classes: int, in_chans: int) -> nn.Module:
+            assert name == "resnet26d"
+            return nn.Linear(in_chans, num_classes)
+
+    monkeypatch.setitem(sys.modules, "timm", Timm())  # type: ignore[arg-type]
+    model = create_model("timm/resnet26d", num_classes=7, in_channels=2)
+    assert model.weight.shape == (7, 2)
+    with pytest.raises(ValueError, match="got 'resnet26'; close matches: resnet26d"):
+        create_model("timm/resnet26", num_classes=7)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="model: 'timm/resnet26d' is timm's, which cannot be"):
+        create_model("timm/resnet26d", num_classes=7)

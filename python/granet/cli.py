@@ -14,20 +14,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from granet import catalogue, check, plasticity_command, report
+from granet import catalogue, check, plasticity_command, recipes, report
 from granet.checkpoint import Checkpoint, load_checkpoint
 from granet.config import (
     TrainConfig,
     add_flags,
     build_config,
     flags_given,
-    read_config_file,
+    parse_settings,
 )
 from granet.stopping import Stopped
 from granet.telemetry import LAST
 
 TRAIN_EPILOG = """\
-later ones win: the defaults, the checkpoint that is resumed, the file of -c, the flags
+later ones win: the defaults, the checkpoint that is resumed, the files and recipes of -c in their order,
+KEY=VALUE, the flags
 
 examples:
   granet train                                   digits to 90 % sparsity
@@ -35,6 +36,7 @@ examples:
   granet train --method rigl                     another method: see granet methods
   granet train --sparsity 0.95 --experiment deep
   granet train -c runs/deep/args.yaml --seed 1 --experiment deep-1
+  granet train -c cifar10-vgg19 -c rigl sparsity=0.95 data_dir=DIR
   granet train --resume runs/deep              what was interrupted
   granet report runs/*
 """
@@ -44,6 +46,7 @@ COMMANDS = {
     "check": check,
     "methods": catalogue,
     "plasticity": plasticity_command,
+    "recipes": recipes,
     "report": report,
 }
 """Modules of the subcommands besides train; each has a `run`."""
@@ -70,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
-        usage="granet train [-c FILE] [--resume [PATH]] [--stop-after STEPS] [SETTINGS]",
+        usage="granet train [-c NAME] [--resume [PATH]] [--stop-after STEPS] [SETTINGS] [KEY=VALUE ...]",
         help="train a network, sparse or dense",
         description="Train a network on images, sparse or dense. What a run leaves is in its "
         "directory: checkpoints, metrics.csv, args.yaml, summary.yaml, TensorBoard events.",
@@ -88,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
             "methods", help="list the methods of sparse training, and their settings"
         )
     )
+    commands.add_parser("recipes", help="list the settings that granet train -c knows by name")
     plasticity_command.add_arguments(
         commands.add_parser(
             "plasticity",
@@ -124,7 +128,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def _add_invocation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about this invocation, which are no part of the run's configuration."""
     parser.add_argument(
-        "-c", "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below"
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="YAML file with any of the settings below, or a recipe (granet recipes); may be repeated",
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="The settings below in another form"
     )
     parser.add_argument(
         "--resume",
@@ -158,8 +170,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def settings(args: argparse.Namespace) -> tuple[TrainConfig, Checkpoint | None]:
     """Configuration of the run, and the checkpoint it continues from."""
-    file = read_config_file(args.config) if args.config else {}
-    flags = flags_given(args)
+    file = {k: v for name in args.config for k, v in recipes.read(name).items()}
+    flags = parse_settings(args.settings) | flags_given(args)
     if args.resume is None:
         return build_config(file, flags), None
     path = Path(args.resume) if args.resume else build_config(file, flags).run_directory

@@ -50,7 +50,8 @@ class TrainConfig:
     """Processes that load imagefolder's images; 0 loads them in this one."""
 
     model: str = "resnet_tiny"
-    """resnet_tiny, resnet20, resnet32, resnet18_cifar, or the name of a torchvision model."""
+    """resnet_tiny, resnet20, resnet32, wrn16_8, wrn28_10, vgg19_cifar, resnet18_cifar, resnet50_cifar, or a
+    model of torchvision, or timm/NAME."""
     channels_last: bool = False
     """Keep images and weights in channels-last memory format."""
     torchcompile: bool = False
@@ -72,8 +73,8 @@ class TrainConfig:
     """Nesterov's form of momentum, as in the published CIFAR recipe (sgd only)."""
     weight_decay: float = 5e-4
     """L2 penalty on every parameter (sgd), or decoupled decay (adamw)."""
-    sched: Literal["cosine", "step"] = "cosine"
-    """Learning rate after the warm-up: cosine to zero, or a tenth at 50 % and again at 75 %."""
+    sched: Literal["cosine", "step", "step3"] = "cosine"
+    """Learning rate after the warm-up: cosine to zero, tenths at 50 and 75 %, or at 30, 60 and 90 %."""
     warmup_epochs: float = 1.0
     """Epochs over which the learning rate rises linearly to its peak."""
     smoothing: float = 0.1
@@ -315,6 +316,8 @@ def parse_value(name: str, text: str) -> object:
     kinds = _alternatives(field_types()[name])
     if type(None) in kinds and text.lower() == "none":
         return None
+    if bool in kinds and text.lower() in ("true", "false", "yes", "no"):
+        return text.lower() in ("true", "yes")
     for kind in (int, float):
         if kind in kinds:
             try:
@@ -362,6 +365,23 @@ def _metavar(hint: Any) -> str:
 def flags_given(namespace: argparse.Namespace) -> dict[str, object]:
     """The fields among the parsed flags: only what was given on the command line."""
     return {name: value for name, value in vars(namespace).items() if name in field_types()}
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, object]:
+    """The fields in arguments of the form KEY=VALUE, keys with - or _.
+
+    Raises:
+        ValueError: an argument has another form, or its key is not a field.
+    """
+    fields: dict[str, object] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"settings: expected KEY=VALUE, got {setting!r}")
+        name = key.strip().replace("-", "_")
+        refuse_unknown([name], "settings")
+        fields[name] = parse_value(name, value.strip())
+    return fields
 
 
 def read_config_file(path: Path) -> dict[str, object]:

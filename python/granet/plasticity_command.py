@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
+from granet import recipes
 from granet.config import (
     GROUPS,
     TrainConfig,
     add_flags,
     build_config,
     flags_given,
-    read_config_file,
 )
 from granet.report import show
 from granet.telemetry import Table
@@ -47,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="epochs at the learning rate in force (default: 30)",
     )
-    study.add_argument("-c", "--config", type=Path, metavar="FILE", help="YAML file of settings")
+    study.add_argument(
+        "-c", "--config", metavar="NAME", help="YAML file of settings, or a recipe (granet recipes)"
+    )
     study.add_argument(
         "--drop-fraction",
         type=float,
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and write the table and the plot; the exit status."""
     from granet.plasticity import Measurement, Study, measure, plot  # needs the train extra
 
-    file = read_config_file(args.config) if args.config else {}
+    file = recipes.read(args.config) if args.config else {}
     config = build_config(file, flags_given(args), {"method": "dense"})
     config = _named(config)
     study = Study(
