@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from granet import catalogue, check, plasticity_command, recipes, report
+from granet import catalogue, check, plan, plasticity_command, recipes, report
 from granet.checkpoint import Checkpoint, load_checkpoint
 from granet.config import (
     TrainConfig,
@@ -45,6 +45,7 @@ examples:
 COMMANDS = {
     "check": check,
     "methods": catalogue,
+    "plan": plan,
     "plasticity": plasticity_command,
     "recipes": recipes,
     "report": report,
@@ -89,6 +90,15 @@ def make_parser() -> argparse.ArgumentParser:
     catalogue.add_arguments(
         commands.add_parser(
             "methods", help="list the methods of sparse training, and their settings"
+        )
+    )
+    plan.add_arguments(
+        commands.add_parser(
+            "plan",
+            usage="granet plan [-c NAME] [SETTINGS] [KEY=VALUE ...]",
+            help="what a run would be, layer by layer",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
         )
     )
     commands.add_parser("recipes", help="list the settings that granet train -c knows by name")
