@@ -78,7 +78,18 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "3 updates, from step 11,232 to 33,696" in printed
     assert "blocks.0.conv1" in printed
-    assert main(["plan", "sparsity=0.995", "init_sparsity=0.99", "update_freq=20%"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "sparsity=0.995",
+                "init_sparsity=0.99",
+                "distribution=uniform",
+                "update_freq=20%",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "WARNING: fewer active weights than output channels at the start" in printed
     assert "WARNING: only 4 updates; pruning is gradual with some dozens" in printed
