@@ -14,7 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from granet import catalogue, check, plan, plasticity_command, recipes, report
+from granet import (
+    catalogue,
+    check,
+    inspect_checkpoint,
+    plan,
+    plasticity_command,
+    recipes,
+    report,
+)
 from granet.checkpoint import Checkpoint, load_checkpoint
 from granet.config import (
     TrainConfig,
@@ -44,6 +52,7 @@ examples:
 
 COMMANDS = {
     "check": check,
+    "inspect": inspect_checkpoint,
     "methods": catalogue,
     "plan": plan,
     "plasticity": plasticity_command,
@@ -91,6 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "methods", help="list the methods of sparse training, and their settings"
         )
+    )
+    inspect_checkpoint.add_arguments(
+        commands.add_parser("inspect", help="what is in a checkpoint, and whether it is in order")
     )
     plan.add_arguments(
         commands.add_parser(
