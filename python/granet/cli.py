@@ -17,6 +17,7 @@ from pathlib import Path
 from granet import (
     catalogue,
     check,
+    export_command,
     inspect_checkpoint,
     plan,
     plasticity_command,
@@ -52,6 +53,7 @@ examples:
 
 COMMANDS = {
     "check": check,
+    "export": export_command,
     "inspect": inspect_checkpoint,
     "methods": catalogue,
     "plan": plan,
@@ -99,6 +101,11 @@ def make_parser() -> argparse.ArgumentParser:
     catalogue.add_arguments(
         commands.add_parser(
             "methods", help="list the methods of sparse training, and their settings"
+        )
+    )
+    export_command.add_arguments(
+        commands.add_parser(
+            "export", help="write a run's network: dense, compact, compressed, ONNX"
         )
     )
     inspect_checkpoint.add_arguments(

@@ -1,0 +1,54 @@
+"""The command `granet export`: a run's network in another form."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from granet.telemetry import BEST, LAST
+
+SUFFIXES = {"dense": ".pt", "safetensors": ".safetensors", "compressed": ".cpu.pt", "onnx": ".onnx"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or checkpoint")
+    parser.add_argument(
+        "--format",
+        action="append",
+        choices=list(SUFFIXES),
+        help="may be repeated (default: all that can be made)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder (default: that of the checkpoint)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the files, and print their sizes; the exit status."""
+    from granet import build  # needs the train extra
+    from granet.checkpoint import check_model_state, load_checkpoint
+    from granet.export import export
+
+    path = args.run
+    if path.is_dir():
+        path = path / (BEST if (path / BEST).is_file() else LAST)
+    checkpoint = load_checkpoint(path)
+    source = build.build_source(checkpoint.config, build.choose_device("cpu"))
+    model = build.build_model(checkpoint.config, source, build.choose_device("cpu"))
+    check_model_state(path, model, checkpoint.entries["model"])
+    model.load_state_dict(checkpoint.entries["model"])
+    folder = args.output or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{path}: {path.stat().st_size:,} bytes, optimizer and masks included")
+    for form in args.format or SUFFIXES:
+        target = folder / f"{path.stem}-{form}{SUFFIXES[form]}"
+        try:
+            size = export(model.eval(), form, target, source.sample_shape)
+        except (ImportError, ValueError) as error:
+            if args.format:
+                raise
+            print(f"{form}: left out, {error}")
+            continue
+        print(f"{target}: {size:,} bytes")
+    return 0
