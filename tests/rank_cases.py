@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from granet import METHODS, GraNet
+from granet.schedules import Constant
 from granet_kernels import MaskedSGD, sparsify
 
 STEPS, EVERY, BATCH = 24, 4, 8
@@ -164,7 +165,26 @@ SHARDED: dict[str, dict[str, Any]] = {
         "redistribution": "magnitude",
         "scope": "layer",
     },
+    # Selections of none and of all.
+    "granet-none": {"drop_fraction": 0.0},
+    "granet-all": {"drop_fraction": Constant(value=1.0), "drop": "random"},
+    "granet-signs": {"drop_fraction": Constant(value=1.0), "drop": "sign"},
+    "rigl": {"method": "rigl", "initial_sparsity": None, "update_until": 12},
+    "lottery-ticket": {
+        "method": "lottery-ticket",
+        "initial_sparsity": None,
+        "update_every": None,
+        "rounds": 2,
+    },
 }
+
+
+def make_method(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """A method of :data:`SHARDED`, on one process or several."""
+    settings = SETTINGS | SHARDED[kind]
+    method: Any = METHODS[settings.pop("method", "granet")]
+    given = {name: value for name, value in settings.items() if value is not None}
+    return method(model, optimizer, **given)
 
 
 def make_fsdp(
@@ -176,7 +196,7 @@ def make_fsdp(
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = make_optimizer(model, opt)
-    return model, optimizer, GraNet(model, optimizer, **(SETTINGS | SHARDED[kind]))
+    return model, optimizer, make_method(kind, model, optimizer)
 
 
 def make_optimizer(model: nn.Module, opt: str) -> torch.optim.Optimizer:
@@ -184,6 +204,11 @@ def make_optimizer(model: nn.Module, opt: str) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-2)
     kind = MaskedSGD if opt == "masked" else torch.optim.SGD
     return kind(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+
+
+def optimizers_of(kind: str) -> tuple[str, ...]:
+    """All of them with the first kinds, to save time."""
+    return ("sgd", "adamw", "masked") if kind in list(SHARDED)[:3] else ("sgd",)
 
 
 def given_gradients(model: nn.Module, step: int) -> None:
@@ -208,11 +233,18 @@ def step_with_given_gradients(
 
 def fsdp(directory: Path) -> None:
     for kind in SHARDED:
-        for opt in ("sgd", "adamw", "masked"):
+        for opt in optimizers_of(kind):
             parts = make_fsdp(kind, opt)
             assert isinstance(parts[0][0].weight, DTensor)
+            copied, _, _ = make_fsdp(kind, opt)
+            parts[2].follow(copied)
             for step in range(STEPS):
                 step_with_given_gradients(parts, step)
+            for name, layer in parts[2].layers.items():
+                follower = copied.get_submodule(name)
+                mask = follower.mask
+                assert torch.equal(mask, layer.mask)
+                assert not follower.weight.full_tensor()[~mask].any()
             momentum = next(iter(parts[1].state[parts[0][3].weight].values()))
             assert momentum is None or opt == "adamw" or momentum.to_local().numel() < 63 * 9
             save(directory, parts[0], parts[2], f"{kind}-{opt}.pt")
@@ -300,7 +332,14 @@ CASES: dict[str, Callable[[Path], None]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    # A store of each attempt's own: restarted processes may find the addresses of killed ones in torchrun's.
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{sys.argv[2]}/store-{sys.argv[1]}-{attempt}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     CASES[sys.argv[1]](Path(sys.argv[2]))
     dist.barrier()  # a rank that leaves early aborts the others' last messages
     dist.destroy_process_group()

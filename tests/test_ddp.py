@@ -64,8 +64,7 @@ def test_ranks_train_what_one_process_trains(
 
 
 def test_a_killed_rank_is_restarted_and_resumes(tmp_path: Path) -> None:
-    # Dies once; more restarts, for a group of gloo processes may fail to find each other again.
-    run_ranks("ddp_killed", 2, tmp_path, restarts=4)
+    run_ranks("ddp_killed", 2, tmp_path, restarts=1)
     assert (tmp_path / "died").exists()
     assert_same(result_of(tmp_path), single())
 

@@ -15,13 +15,14 @@ from granet import GraNet
 from granet.sharded import Sharding, magnitude_bits
 from granet_kernels import use_backend
 from tests.rank_cases import (
-    SETTINGS,
     SHARDED,
     STEPS,
     batch,
     loss_of,
+    make_method,
     make_optimizer,
     network,
+    optimizers_of,
     step_with_given_gradients,
 )
 from tests.ranks import result_of, run_ranks
@@ -34,7 +35,7 @@ def single(
 ) -> tuple[nn.Module, torch.optim.Optimizer, GraNet]:
     model = network(dtype=torch.float32)
     optimizer = make_optimizer(model, opt)
-    return model, optimizer, GraNet(model, optimizer, **(SETTINGS | SHARDED[kind]))
+    return model, optimizer, make_method(kind, model, optimizer)
 
 
 def finished(kind: str = "granet", opt: str = "sgd") -> dict[str, Any]:
@@ -61,7 +62,7 @@ def test_the_same_gradients_give_the_masks_of_one_process_bit_for_bit(
 ) -> None:
     run_ranks("fsdp", count, tmp_path)
     for kind in SHARDED:
-        for opt in ("sgd", "adamw", "masked"):
+        for opt in optimizers_of(kind):
             got = result_of(tmp_path, f"{kind}-{opt}.pt")
             expected = finished(kind, opt)
             assert_masks(got, expected)

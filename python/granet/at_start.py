@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from granet.counts import check_enough
 from granet.distributed import unwrapped
 from granet.distributions import active_budget, layer_budgets
 from granet.engine import Options, Sparsifier, layers_of
@@ -55,6 +56,8 @@ class AtStart(Sparsifier):
             )
         shapes = [tuple(layer.weight.shape) for layer in layers.values()]
         layer_budgets(shapes, sparsity, "uniform", floor=floor)
+        if options.get("init") != "from_zeros":
+            check_enough([layer.count_active() for layer in layers.values()], shapes, sparsity)
         self._model = unwrapped(model)
         self._sparsity = sparsity
         self._floor = floor
@@ -82,9 +85,10 @@ class AtStart(Sparsifier):
         batches = list(batches)
         if not batches:
             raise ValueError("batches: expected at least one batch, got none")
+        before = self.copy_of_masks()
         self.select(batches, loss)
         self._started = True
-        self._replicas.check(self.topology)
+        self.masks_changed(before, before)
 
     @abstractmethod
     def select(self, batches: list[tuple[Tensor, Tensor]], loss: Loss) -> None:
@@ -130,7 +134,17 @@ class AtStart(Sparsifier):
     def keep(self, scores: Mapping[str, Tensor], sparsity: float) -> None:
         """Keep what ``sparsity`` leaves of the weights, those of largest ``|score|``."""
         self._replicas.add(list(scores.values()))
+        self.check_finite(scores)
         self.topology.keep(scores, active_budget(sparsity, self.numel), floor=self._floor)
+
+    def check_finite(self, scores: Mapping[str, Tensor]) -> None:
+        """Raise RuntimeError, before any mask changes, where a score is NaN or infinite."""
+        bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
+        if bad:
+            raise RuntimeError(
+                f"{self.name}: scores of {', '.join(bad[:4])}{' and others' if len(bad) > 4 else ''} are "
+                "not finite: are the batches, the weights and the loss?"
+            )
 
     def method_state(self) -> dict[str, Any]:
         return {"started": self._started}

@@ -154,7 +154,7 @@ def _method_arguments(config: TrainConfig, total_steps: int) -> dict[str, Any]:
         arguments["initial_sparsity"] = min(INITIAL_SPARSITY, config.sparsity)
     for field, argument in ARGUMENTS.items():
         value = getattr(config, field)
-        if value not in (None, False):
+        if value is not None and value is not False:
             arguments[argument] = value
     if config.erk_power is not None:
         arguments["distribution"] = ScaledErk(config.erk_power)

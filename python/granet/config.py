@@ -174,7 +174,8 @@ class TrainConfig:
         """Whether a method takes the settings that were given; their values it checks itself."""
         taken = method_parameters(self.method)
         for name, argument in ARGUMENTS.items():
-            if getattr(self, name) not in (None, False) and argument not in taken:
+            is_given = getattr(self, name) is not None and getattr(self, name) is not False
+            if is_given and argument not in taken:
                 own = ", ".join(name for name, argument in ARGUMENTS.items() if argument in taken)
                 raise ValueError(
                     f"{name}: {self.method} has no such setting; it has {own or 'none'}"

@@ -11,6 +11,7 @@ import torch
 
 from granet.distributions import (
     Distribution,
+    Explicit,
     Shape,
     active_budget,
     distribution_of,
@@ -44,12 +45,9 @@ class ActiveCounts:
         """
         caps = active if self.scope == "layer" else None
         layer_budgets(self.shapes, sparsity, self.distribution, caps, self.floor)
-        target = active_budget(sparsity, sum(math.prod(shape) for shape in self.shapes))
-        if sum(active) < target:
-            raise ValueError(
-                f"model: expected at least {target} active weights, which sparsity={sparsity} keeps, "
-                f"got {sum(active)}"
-            )
+        if isinstance(self.distribution, Explicit):
+            self.distribution.check(self.shapes, sparsity)
+        check_enough(active, self.shapes, sparsity)
 
     def initial(self, sparsity: float, generator: torch.Generator) -> list[int]:
         """Active weights of each layer before training.
@@ -81,11 +79,23 @@ class ActiveCounts:
             return active_budget(sparsity, sum(numels))
         if self.official_rounding:
             return [int(numel * (1 - sparsity)) for numel in numels]
+        if sum(active) <= active_budget(sparsity, sum(numels)):
+            return list(active)
         return layer_budgets(self.shapes, sparsity, self.distribution, active, self.floor)
 
     def __post_init__(self) -> None:
         if self.scope not in ("global", "layer"):
             raise ValueError(f"scope: expected 'global' or 'layer', got {self.scope!r}")
-        if self.floor < 0:
-            raise ValueError(f"floor: expected an integer of at least 0, got {self.floor}")
+        if not isinstance(self.floor, int) or self.floor < 0:
+            raise ValueError(f"floor: expected an integer of at least 0, got {self.floor!r}")
         distribution_of(self.distribution)
+
+
+def check_enough(active: Sequence[int], shapes: Sequence[Shape], sparsity: float) -> None:
+    """Raise ValueError where fewer weights are active than a sparsity keeps: none is ever added."""
+    target = active_budget(sparsity, sum(math.prod(shape) for shape in shapes))
+    if sum(active) < target:
+        raise ValueError(
+            f"model: expected at least {target} active weights, which sparsity={sparsity} keeps, "
+            f"got {sum(active)}"
+        )

@@ -104,7 +104,7 @@ def leave_masks_alone(model: nn.Module) -> None:
     A sparsifier does this by itself. Call it before wrapping where the sparsifier is made after
     wrapping, to spare the one broadcast at that time too.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = unwrapped(model)
     names = {
         f"{name}.{buffer}".removeprefix(".")
         for name, module in inner.named_modules()
@@ -112,10 +112,13 @@ def leave_masks_alone(model: nn.Module) -> None:
         for buffer in BUFFERS
     }
     known = set(getattr(inner, "_ddp_params_and_buffers_to_ignore", ()))
-    inner._ddp_params_and_buffers_to_ignore = known | names
-    if isinstance(model, DistributedDataParallel):
-        model.parameters_to_ignore |= names
-        model._assign_modules_buffers()  # it asks its own list whether there is anything to send
+    inner._ddp_params_and_buffers_to_ignore = known | names  # type: ignore[assignment]
+    wrapper = (
+        model if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+    )
+    if isinstance(wrapper, DistributedDataParallel):
+        wrapper.parameters_to_ignore |= names
+        wrapper._assign_modules_buffers()  # it asks its own list whether there is anything to send
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -134,6 +134,18 @@ class Explicit:
             _check_sparsity(value)
         return [active_fraction(value) for value in self.sparsities]
 
+    def check(self, shapes: Sequence[Shape], sparsity: float) -> None:
+        """Raise ValueError where the layers' sparsities are not those of a network of ``sparsity``."""
+        numels = [math.prod(shape) for shape in shapes]
+        fractions = self(shapes, sparsity)
+        active = math.fsum(f * n for f, n in zip(fractions, numels, strict=True))
+        # A rounded weight for each layer.
+        if abs(active - active_budget(sparsity, sum(numels))) > len(shapes):
+            raise ValueError(
+                f"distribution: expected sparsities of layers that make {sparsity}, got "
+                f"{1 - active / sum(numels):.4f}"
+            )
+
 
 def distribution_of(rule: str | Distribution) -> Distribution:
     """A rule by its name; a rule itself is returned as it is.
@@ -270,8 +282,9 @@ def _numel(index: int, shape: Shape) -> int:
 
 
 def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity}")
+    is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+    if not is_number or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}")
 
 
 def _check_layers(

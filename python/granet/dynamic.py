@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from granet.counts import ActiveCounts, Scope
+from granet.criteria import GROWTH
 from granet.distributed import unwrapped
 from granet.distributions import Distribution, active_budget
 from granet.engine import Options, Sparsifier, layers_of
+from granet.redistribution import check_redistribution
 from granet.schedules import Ramp, Schedule, UpdateClock, check_sparsities
 from granet.sharded import placement_of
 from granet.topology import Exchange
@@ -49,6 +51,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_sparsities(self.initial_sparsity, self.sparsity)
+        if self.grow not in GROWTH:
+            known = ", ".join(GROWTH)
+            raise ValueError(f"grow: expected one of {known}, got {self.grow!r}")
 
 
 class DynamicSparsifier(Sparsifier):
@@ -86,6 +91,8 @@ class DynamicSparsifier(Sparsifier):
         else:
             active = [layer.count_active() for layer in layers.values()]
         self.counts.check_feasible(plan.sparsity, active)
+        if plan.drop_fraction is not None:
+            check_redistribution(plan.exchange.redistribution, optimizer)
         super().__init__(
             model,
             optimizer,
@@ -104,8 +111,10 @@ class DynamicSparsifier(Sparsifier):
 
     @property
     def sparsity(self) -> float:
-        ramp = self.plan.ramp
-        return self.plan.sparsity if ramp is None else ramp(self.steps)
+        ramp, frozen = self.plan.ramp, self.frozen_at
+        if ramp is None:
+            return self.plan.sparsity
+        return ramp(self.steps if frozen is None else min(self.steps, frozen))
 
     @property
     def target_active(self) -> int:
@@ -114,21 +123,33 @@ class DynamicSparsifier(Sparsifier):
 
     @property
     def is_final(self) -> bool:
-        ramp = self.plan.ramp
-        return super().is_final and (ramp is None or self.steps >= ramp.end)
+        ramp, frozen = self.plan.ramp, self.frozen_at
+        reached = self.steps if frozen is None else min(self.steps, frozen)
+        return super().is_final and (ramp is None or reached >= ramp.end)
 
     def update(self, step: int) -> None:
-        """Prune to the ramp, then exchange connections."""
+        """Prune to the ramp, also for updates that were postponed and never made up for; then exchange."""
         plan = self.plan
-        if plan.ramp is not None and plan.ramp.prunes_at(step):
+        fraction = None if plan.drop_fraction is None else _share(plan.drop_fraction(step))
+        missed = range(self.postponed_since(step), step + 1)
+        if plan.ramp is not None and any(map(plan.ramp.prunes_at, missed)):
             self._prune_to(plan.ramp(step))
-        if plan.drop_fraction is not None:
-            self.exchange(plan.drop_fraction(step), plan.exchange, floor=plan.floor)
+        # What regrew on the last step would stay zero; the published code does not mind.
+        if fraction is not None and (self.steps < self.total_steps or plan.official_rounding):
+            self.exchange(fraction, plan.exchange, floor=plan.floor)
 
     def _prune_to(self, sparsity: float) -> None:
         active = self.active_counts() if self.plan.scope == "layer" else []
         floor = 0 if self.plan.official_rounding else self.plan.floor
         self.prune(self.counts.after_prune(sparsity, active), floor=floor)
+
+
+def _share(fraction: float) -> float:
+    if not 0 <= fraction <= 1:
+        raise ValueError(
+            f"drop_fraction: expected numbers in [0, 1] of the schedule, got {fraction}"
+        )
+    return fraction
 
 
 def _settings(plan: Plan) -> Mapping[str, Any]:

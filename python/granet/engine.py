@@ -18,11 +18,13 @@ from typing import Any, ClassVar, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
 
 from granet.distributed import Replicas, unwrapped
 from granet.followers import Follower
 from granet.growth import Growth
 from granet.placement import Layer
+from granet.saved import check_equal, check_step, checked_engine, checked_masks
 from granet.schedules import UpdateClock
 from granet.settings import described
 from granet.topology import Exchange, Topology
@@ -61,6 +63,7 @@ class MaskChange:
 class Sparsifier(ABC):
     """Changes the masks of a model while it trains.
 
+    A layer whose weight does not require gradients is pruned like any other, and drops and regrows nothing.
     Call :meth:`step` after every ``optimizer.step()`` and before ``zero_grad()``. Steps that an AMP
     scaler skipped are not counted.
 
@@ -96,6 +99,8 @@ class Sparsifier(ABC):
         growth: criterion by which connections grow; None for a method that grows none.
         settings: the method's hyperparameters, which a resumed run must share.
         """
+        if not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps: expected an integer of at least 1, got {total_steps!r}")
         if init not in ("masks", "from_zeros"):
             raise ValueError(f"init: expected 'masks' or 'from_zeros', got {init!r}")
         layers = layers_of(unwrapped(model))
@@ -111,35 +116,43 @@ class Sparsifier(ABC):
         self._replicas = Replicas.of(model, process_group)
         self._replicas.share_generator(self.topology)
         self._followers: list[Follower] = []
-        self._frozen = False
+        self.frozen_at: int | None = None
         self._due: int | None = None
         self._updated = 0
         self._stepped = False
         self._pruned: dict[str, Tensor] | None = None
         self._calls_without_a_step = 0
         self._asked_for_dense_gradient = False
+        self._hook: RemovableHandle | None = None
         if init == "from_zeros":
             self.topology.mask_zeros()
-        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def begin(self) -> None:
         """The last line of a method's constructor, when the masks are as training starts."""
         self._replicas.share_masks(self.topology)
-        self._ask_for_dense_gradient()
+        self._set_dense_gradient(self._wants_gradients(1))  # a copied model may have other flags
+        self._listen()
+
+    def _listen(self) -> None:
+        optimizer = self.topology.optimizer
+        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def remove(self) -> None:
         """Let go of the optimizer: steps are no longer counted, and masks no longer change."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
         self._set_dense_gradient(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_hook"}
+        return self.__dict__ | {"_hook": self._hook is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of copies and pickles: copied optimizers have lost their hooks."""
-        self.__dict__.update(state)
-        optimizer = self.topology.optimizer
-        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+        listens = state["_hook"]
+        self.__dict__.update(state | {"_hook": None})
+        if listens:
+            self._listen()
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -198,15 +211,22 @@ class Sparsifier(ABC):
         self._calls_without_a_step = 0
         self.steps += 1
         due = self.steps if self._is_update(self.steps) else self._due
-        is_update = due is not None and not self._postpones(due)
-        if due is not None and is_update:
+        if due is None or self._postpones(due):
+            self._ask_for_dense_gradient()
+            return False
+        try:
             self._update(due)
-        self._ask_for_dense_gradient()
-        return is_update
+        finally:
+            self._ask_for_dense_gradient()
+        return True
+
+    def postponed_since(self, step: int) -> int:
+        """For :meth:`update`: the earliest update that the one at ``step`` makes up for."""
+        return step if self._due is None else min(self._due, step)
 
     def freeze(self) -> None:
         """No more updates: the masks stay as they are from here on. Part of the saved state."""
-        self._frozen, self._due = True, None
+        self.frozen_at, self._due = self.steps, None
         self._ask_for_dense_gradient()
 
     def follow(self, model: nn.Module) -> None:
@@ -234,7 +254,7 @@ class Sparsifier(ABC):
     def prune(self, k: int | Sequence[int], *, floor: int = 0) -> None:
         """Keep the ``k`` largest magnitudes over all layers, none below ``floor``, or so many in each."""
         self.topology.prune(k, floor=floor)
-        self._pruned = self._copy_of_masks()
+        self._pruned = self.copy_of_masks()
 
     def exchange(self, fraction: float, how: Exchange, *, floor: int = 0) -> None:
         """In each layer replace a share of the active weights by those of largest growth score."""
@@ -256,7 +276,7 @@ class Sparsifier(ABC):
             },
             "generator": self.topology.generator.get_state(),
             "engine": {
-                "frozen": self._frozen,
+                "frozen_at": self.frozen_at,
                 "due": self._due,
                 "updated": self._updated,
                 "growth": self.growth.state_dict() if self.growth else {},
@@ -265,27 +285,32 @@ class Sparsifier(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken. The model and the optimizer are loaded first.
+        """Continue where ``state`` was taken.
+
+        Make the sparsifier first, then load the model, the optimizer and this, in this order: making one
+        may draw masks and set weights to zero.
 
         Raises:
             ValueError: it is of another method, other settings, other layers or shapes. Nothing has
                 been changed then.
         """
         masks = self._checked_masks(state)
+        engine = checked_engine(state["engine"], self.layers, self.growth is not None)
+        self.load_method_state(engine["method"])
         generator = torch.Generator()
         generator.set_state(state["generator"])
         self.topology.set_masks({name: mask.to_bool() for name, mask in masks.items()})
-        engine = state["engine"]
         self.topology.generator = generator
         self.steps = state["steps"]
-        self._frozen, self._due = engine["frozen"], engine["due"]
+        self.frozen_at, self._due = engine["frozen_at"], engine["due"]
         self._updated = engine["updated"]
         if self.growth:
             self.growth.load_state_dict(engine["growth"], self.layers)
-        self.load_method_state(engine["method"])
         self._stepped = False
         self._replicas.check(self.topology)
-        self._ask_for_dense_gradient()
+        self._catch_up()
+        if self._hook is not None:
+            self._set_dense_gradient(self._wants_gradients(self.steps + 1))
 
     def method_state(self) -> dict[str, Any]:
         """What a method itself has to remember: nothing, unless it says so."""
@@ -301,41 +326,44 @@ class Sparsifier(ABC):
             raise ValueError(
                 f"state: expected what state_dict() gives, got none of {sorted(missing)}"
             )
-        _check_equal("version", state.get("version"), STATE_VERSION)
-        _check_equal("method", state.get("method"), self.name)
+        check_equal("version", state.get("version"), STATE_VERSION)
+        check_equal("method", state.get("method"), self.name)
         for name, value in described(self._settings).items():
-            _check_equal(f"settings[{name!r}]", state["settings"].get(name), value)
-        _check_equal("layers", list(state["masks"]), list(self.layers))
-        steps, generator = state["steps"], state["generator"]
-        if not isinstance(steps, int) or not 0 <= steps <= self.total_steps:
-            raise ValueError(f"state: expected steps from 0 to {self.total_steps}, got {steps!r}")
+            check_equal(f"settings[{name!r}]", state["settings"].get(name), value)
+        check_step("steps", state["steps"], self.total_steps)
         like = self.topology.generator.get_state()
-        if not isinstance(generator, Tensor) or generator.shape != like.shape:
+        if not isinstance(state["generator"], Tensor) or state["generator"].shape != like.shape:
             raise ValueError("state: expected the generator's state, a uint8 tensor, got another")
-        masks = {}
-        for name, layer in self.layers.items():
-            try:
-                masks[name] = BitMask.from_canonical(state["masks"][name], layer.weight.shape)
-            except ValueError as error:
-                raise ValueError(f"state: masks[{name!r}]: {error}") from None
-        return masks
+        return checked_masks(state["masks"], self.layers)
 
     # An update
 
     def _update(self, due: int) -> None:
-        before = self._copy_of_masks() if self.observers else {}
-        self._pruned, self._due, self._updated = None, None, self.steps
+        before = self.copy_of_masks() if self.observers else {}
+        self._pruned = None
         with torch.no_grad():
             self.update(due)
+        self._due, self._updated = None, self.steps
         if self.growth:
             self.growth.forget()
+        self.masks_changed(before, self._pruned or before)
+
+    def masks_changed(self, before: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        """Compare the masks of all ranks, and tell those who follow and observe.
+
+        Args:
+            before, pruned: copies of the masks, as in :class:`MaskChange`.
+        """
         self._replicas.check(self.topology)
-        for follower in self._followers:
-            follower.catch_up(self.layers)
+        self._catch_up()
         if self.observers:
-            change = MaskChange(self.steps, before, self._pruned or before, self._copy_of_masks())
+            change = MaskChange(self.steps, before, pruned, self.copy_of_masks())
             for observer in self.observers:
                 observer(change)
+
+    def _catch_up(self) -> None:
+        for follower in self._followers:
+            follower.catch_up(self.layers)
 
     def _postpones(self, due: int) -> bool:
         """Whether growth scores forbid the update that is due; then it is due at the next step."""
@@ -346,6 +374,11 @@ class Sparsifier(ABC):
         ).values()
         finite = [torch.isfinite(score).all() for score in scores]
         if self._replicas.all_true(finite):
+            if not any(bool(score.any()) for score in scores):
+                log.warning(
+                    "step %d: all growth scores are zero; was zero_grad() called before step()?",
+                    self.steps,
+                )
             return False
         log.warning(
             "step %d: growth scores are not finite; the update of step %d waits for the next step",
@@ -353,16 +386,17 @@ class Sparsifier(ABC):
             due,
         )
         self.growth.forget()
-        self._due = due
+        self._due = self.postponed_since(due)
         return True
 
-    def _copy_of_masks(self) -> dict[str, Tensor]:
+    def copy_of_masks(self) -> dict[str, Tensor]:
+        """Packed, by layer."""
         return {name: layer.bitmask.packed.clone() for name, layer in self.layers.items()}
 
     # Behind the scenes
 
     def _is_update(self, step: int) -> bool:
-        return not self._frozen and self.clock.is_update(step)
+        return self.frozen_at is None and self.clock.is_update(step)
 
     def _wants_gradients(self, step: int) -> bool:
         """Whether the gradients of a step must be dense, and there."""
@@ -371,7 +405,8 @@ class Sparsifier(ABC):
         return soon or (window > 0 and self._due is not None)
 
     def _check_gradients(self) -> None:
-        if all(weight.grad is None for weight in self.topology.params):
+        trained = [weight for weight in self.topology.params if weight.requires_grad]
+        if trained and all(weight.grad is None for weight in trained):
             raise RuntimeError(
                 "no layer has a gradient: call sparsifier.step() after backward(), before zero_grad()"
             )
@@ -431,8 +466,3 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, layers: Mapping[str, Laye
             raise ValueError(
                 f"optimizer: expected the parameters of model, got one without {name}.weight"
             )
-
-
-def _check_equal(name: str, got: object, expected: object) -> None:
-    if got != expected:
-        raise ValueError(f"state: expected {name} {expected!r}, got {got!r}")

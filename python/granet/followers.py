@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from granet.placement import Layer
-from granet_kernels import masked_layers
+from granet.sharded import placement_of
+from granet_kernels import masked_layers, zero_inactive_
 
 
 class Follower:
@@ -24,9 +26,12 @@ class Follower:
         self._layers = {name: theirs[prefix + name] for name in layers}
 
     def catch_up(self, layers: Mapping[str, Layer]) -> None:
-        """Take the masks of the model's layers; what becomes inactive is set to zero."""
+        """Take the masks of the model's layers; what is inactive is set to zero."""
         for name, layer in layers.items():
             self._layers[name].mask = layer.mask.to(self._layers[name].weight.device)
+        parts = placement_of(self._layers).parts(self._layers.values())
+        with torch.no_grad():
+            zero_inactive_([part.weight for part in parts], [part.mask for part in parts])
 
 
 def _common_prefix(theirs: list[str], ours: list[str]) -> str | None:

@@ -83,8 +83,11 @@ class TopologyMonitor:
     def __init__(self, sparsifier: Sparsifier, *sinks: Sink) -> None:
         self.sinks = list(sinks)
         self._layers = sparsifier.layers
-        self._explored = {name: m.bitmask.packed.clone() for name, m in self._layers.items()}
-        self._regrown = {name: torch.zeros_like(mask) for name, mask in self._explored.items()}
+        self._explored = {name: _copy(layer.bitmask) for name, layer in self._layers.items()}
+        self._regrown = {
+            name: dataclasses.replace(mask, packed=torch.zeros_like(mask.packed))
+            for name, mask in self._explored.items()
+        }
         self._pending: tuple[int, Tensor, torch.Event | None] | None = None
         self._collapsed: set[str] = set()
         sparsifier.observers.append(self)
@@ -111,18 +114,22 @@ class TopologyMonitor:
             for name, values in zip(self._layers, counts.tolist(), strict=True)
         ]
         self._warn_of_collapse(rows)
-        if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
-            for sink in self.sinks:
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+            return
+        errors = []
+        for sink in self.sinks:
+            try:
                 sink(rows)
+            except Exception as error:  # the others get their rows all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What has been explored, and what grew last; in row-major order. Reports first."""
         self.flush()
         return {
-            name: {
-                layer: self._as_mask(layer, mask).canonical().clone()
-                for layer, mask in masks.items()
-            }
+            name: {layer: mask.canonical().clone() for layer, mask in masks.items()}
             for name, masks in (("explored", self._explored), ("regrown", self._regrown))
         }
 
@@ -140,9 +147,7 @@ class TopologyMonitor:
                 )
             loaded.append(
                 {
-                    layer: BitMask.from_canonical(mask, self._layers[layer].weight.shape)
-                    .in_order_of(self._layers[layer].weight)
-                    .packed.to(self._layers[layer].weight.device, copy=True)
+                    layer: _copy(BitMask.from_canonical(mask, self._layers[layer].weight.shape))
                     for layer, mask in state[name].items()
                 }
             )
@@ -150,23 +155,31 @@ class TopologyMonitor:
         self._explored, self._regrown = loaded
 
     def _count(self, name: str, before: Tensor, pruned: Tensor, after: Tensor) -> Tensor:
-        self._explored[name] |= after
-        were_regrown = self._regrown[name]
+        explored = self._as_now(name, self._explored[name])
+        explored |= after
+        were_regrown = self._as_now(name, self._regrown[name])
         regrown = after & ~pruned
-        self._regrown[name] = regrown
         counts = count_active(
             [
                 after,
                 before & ~pruned,
                 pruned & ~after,
                 regrown,
-                self._explored[name],
+                explored,
                 were_regrown,
                 were_regrown & after,
             ]
         )
+        self._explored[name] = self._as_mask(name, explored)
+        self._regrown[name] = self._as_mask(name, regrown)
         alive = self._as_mask(name, after).to_bool().flatten(1).any(1).sum()
         return torch.cat([counts, alive.view(1)])
+
+    def _as_now(self, name: str, mask: BitMask) -> Tensor:
+        """Packed as the layer's mask is by now, which may have moved or changed its memory format."""
+        now = self._layers[name].bitmask
+        moved = dataclasses.replace(mask, packed=mask.packed.to(now.packed.device))
+        return moved.in_order_of(self._layers[name].weight).packed
 
     def _as_mask(self, name: str, packed: Tensor) -> BitMask:
         return dataclasses.replace(self._layers[name].bitmask, packed=packed)
@@ -248,6 +261,10 @@ class Scalars:
                 value = getattr(row, name)
                 if value is not None:
                     self.writer.add_scalar(f"topology/{name}/{row.layer}", value, row.step)
+
+
+def _copy(mask: BitMask) -> BitMask:
+    return dataclasses.replace(mask, packed=mask.packed.clone())
 
 
 def _to_host(tensor: Tensor) -> tuple[Tensor, torch.Event | None]:

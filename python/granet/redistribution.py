@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from granet.distributions import apportion
@@ -37,6 +38,17 @@ REDISTRIBUTION: Mapping[str, Worth | None] = {
 """None: every layer regrows what it dropped."""
 
 
+def check_redistribution(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where an optimizer will not keep what a redistribution is by."""
+    keeps = any(group.get("momentum") or "betas" in group for group in optimizer.param_groups)
+    known = any("momentum" in group or "betas" in group for group in optimizer.param_groups)
+    if name == "momentum" and known and not keeps:
+        raise ValueError(
+            "redistribution: 'momentum' expected an optimizer with momentum, got "
+            f"{type(optimizer).__name__} without"
+        )
+
+
 def shares(
     total: int, worth: Sequence[float], active: Sequence[int], room: Sequence[int]
 ) -> list[int]:
@@ -52,6 +64,8 @@ def shares(
         value / count if count and math.isfinite(value) else 0.0
         for value, count in zip(worth, active, strict=True)
     ]
+    largest = max(means, default=0.0)
+    means = [mean / largest if largest else 0.0 for mean in means]  # subnormal ones would overflow
     open_layers = [i for i, free in enumerate(room) if free > 0]
     all_means = math.fsum(means[i] for i in open_layers)
     scale = total / all_means if all_means else 0.0  # then in proportion to the room

@@ -327,7 +327,7 @@ def updates(
     The run's last step is no update, for what regrows there would stay zero; the published code
     does not mind.
     """
-    if every < 1:
+    if _as_int("update_every", every, "a number of steps") < 1:
         raise ValueError(f"update_every: expected at least 1 step, got {every}")
     last = total_steps if official_rounding else total_steps - 1
     return UpdateClock(every=every, start=start, stop=max(min(until, last) + 1, start))
@@ -401,10 +401,14 @@ def _check_step(name: str, value: int) -> None:
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
 
 
 def _check_sparsity(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

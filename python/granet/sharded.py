@@ -162,7 +162,8 @@ class Sharded(Whole):
             here = place.unsqueeze(1)
             left = left - (from_above.gather(1, here) - counts.flip(1).gather(1, here)).squeeze(1)
             found = (found << DIGIT_BITS) | digit
-        return found, left
+        # Of none at all no digit is the last one: then no key may be larger.
+        return torch.where(wanted <= 0, torch.iinfo(keys[0].dtype).max, found), left.clamp(min=0)
 
     def _ties_here(
         self,

@@ -259,7 +259,7 @@ class Topology:
         if regrown != "layer_mean" and isinstance(self.optimizer, MaskedSGD):
             return  # its one state is a first moment
         for part, mask, fresh in zip(parts, masks, grown, strict=True):
-            for _, state in self._states(part.param):
+            for name, state in self._states(part.param):
                 others = unpack_mask(mask & ~fresh, state.shape, like=part.weight)
                 facts = torch.stack(
                     [state.double().sum(), others.double().sum(), (state < 0).double().sum()]
@@ -267,7 +267,8 @@ class Topology:
                 total, count, negative = self.place.total(facts).unbind()
                 mean = total / count.clamp(min=1)
                 if regrown != "layer_mean":
-                    mean = torch.where(negative == 0, mean, 0.0)
+                    is_second_moment = negative == 0 if name not in MOMENTA else negative < 0
+                    mean = torch.where(is_second_moment, mean, 0.0)
                 grown_here = unpack_mask(fresh, state.shape, like=part.weight)
                 state.copy_(torch.where(grown_here, mean.to(state.dtype), state))
 

@@ -21,7 +21,7 @@ from granet.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from granet.config import TrainConfig, write_config_file
+from granet.config import TrainConfig, resume_conflicts, write_config_file
 from granet.flops import TrainingFlops, inference_flops, measure
 from granet.monitor import LayerChange, Scalars, TopologyMonitor
 from granet.passes import Passes
@@ -328,7 +328,7 @@ class Trainer:
         """Stand where the checkpoint stood. CheckpointError, nothing changed, if it cannot."""
         saved = dict(checkpoint.entries["progress"])
         steps, sums = saved.pop("total_steps"), saved.pop("running")
-        if steps != self.total_steps:
+        if steps != self.total_steps and not resume_conflicts(checkpoint.config, self.config):
             raise CheckpointError(
                 f"{checkpoint.path}: expected a run of {self.total_steps} steps, got one of "
                 f"{steps}; has the data changed?"

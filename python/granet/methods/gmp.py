@@ -17,8 +17,8 @@ from granet.schedules import Curve, gradual
 class GMP(DynamicSparsifier):
     """Gradual magnitude pruning: a dense start, smaller weights pruned update by update, none regrown.
 
-    Args: as in :class:`granet.GraNet`. With ``official_rounding`` the masks start full whatever the
-        layers have, as in the published code.
+    Args: as in :class:`granet.GraNet`. The published code (``official_rounding``) starts dense whatever
+        the layers have: here masks that are there stay.
     """
 
     name = "gmp"

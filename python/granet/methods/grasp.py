@@ -38,6 +38,7 @@ class GraSP(AtStart):
             for total, weight, product in zip(products, parameters, hessian, strict=True):
                 total.sub_(weight.detach() * product)
         self._replicas.add(products)
+        self.check_finite(dict(zip(weights, products, strict=True)))
         # Small is good: turned round so that it can be ranked by magnitude.
         largest = torch.stack([product.max() for product in products]).max()
         scores = {name: largest - product for name, product in zip(weights, products, strict=True)}

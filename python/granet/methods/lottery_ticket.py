@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from granet.counts import check_enough
 from granet.distributed import unwrapped
 from granet.distributions import active_budget, layer_budgets
 from granet.engine import Options, Sparsifier, layers_of
@@ -46,8 +47,8 @@ class LotteryTicket(Sparsifier):
         floor: int = 1,
         **options: Unpack[Options],
     ) -> None:
-        if rounds < 1:
-            raise ValueError(f"rounds: expected at least 1, got {rounds}")
+        if not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"rounds: expected an integer of at least 1, got {rounds!r}")
         if total_steps < rounds + 1:
             raise ValueError(
                 f"total_steps: expected at least a step for each of {rounds + 1} trainings, got "
@@ -58,6 +59,9 @@ class LotteryTicket(Sparsifier):
         self.rewind_to = as_step(rewind_to, self.round_steps, "rewind_to")
         shapes = [tuple(layer.weight.shape) for layer in layers_of(unwrapped(model)).values()]
         layer_budgets(shapes, sparsity, "uniform", floor=floor)
+        if options.get("init") != "from_zeros":
+            active = [layer.count_active() for layer in layers_of(unwrapped(model)).values()]
+            check_enough(active, shapes, sparsity)
         self._model = unwrapped(model)
         self._sparsity = sparsity
         self._floor = floor
@@ -78,7 +82,8 @@ class LotteryTicket(Sparsifier):
         )
         if self.rewind_to == 0:
             self._remember()
-            self._replicas.send(list(self._early.values()))
+            if self.topology.place.is_whole:  # shards are of one weight
+                self._replicas.send(list(self._early.values()))
         self.begin()
 
     @property
@@ -113,7 +118,8 @@ class LotteryTicket(Sparsifier):
         state = self._model.state_dict(keep_vars=True)
         for name, value in self._early.items():
             state[name].copy_(value)
-        self.topology.optimizer.state.clear()
+        for parameter in self._model.parameters():
+            self.topology.optimizer.state.pop(parameter, None)
         self.topology.settle()
 
     def method_state(self) -> dict[str, Any]:
@@ -133,5 +139,5 @@ class LotteryTicket(Sparsifier):
         self._early = {
             name: value.detach().clone()
             for name, value in self._model.state_dict().items()
-            if not name.endswith("packed_mask")
+            if isinstance(value, Tensor) and not name.endswith("packed_mask")
         }

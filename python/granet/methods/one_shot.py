@@ -11,7 +11,7 @@ from granet.counts import Scope
 from granet.distributions import Distribution
 from granet.dynamic import DynamicSparsifier, Plan
 from granet.engine import Options
-from granet.schedules import Ramp, UpdateClock, as_step, never
+from granet.schedules import Ramp, UpdateClock, as_step, check_sparsities, never
 
 
 class OneShot(DynamicSparsifier):
@@ -41,6 +41,7 @@ class OneShot(DynamicSparsifier):
         floor: int = 1,
         **options: Unpack[Options],
     ) -> None:
+        check_sparsities(0.0, sparsity)
         at = as_step(prune_at, total_steps, "prune_at")
         ramp, clock = None, never()
         if at > 0:

@@ -37,8 +37,8 @@ class SynFlow(AtStart):
         floor: int = 1,
         **options: Unpack[Options],
     ) -> None:
-        if rounds < 1:
-            raise ValueError(f"rounds: expected at least 1, got {rounds}")
+        if not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"rounds: expected an integer of at least 1, got {rounds!r}")
         self._rounds = rounds
         super().__init__(
             model,
