@@ -132,6 +132,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that takes the steps, inside a wrapper such as accelerate's.
+
+    Such a wrapper passes everything on to its ``optimizer`` and was never initialised as an optimizer
+    itself, so it has no hooks. One that has them is left alone: it may do more than what is inside.
+    """
+    while not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            break
+        optimizer = inner
+    return optimizer
+
+
 def fingerprint(mask: Tensor) -> Tensor:
     """64 bits, int64 on the mask's device, that differ for different masks but for one case in 2**64.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
-from granet.distributed import Replicas, unwrapped
+from granet.distributed import Replicas, unwrapped, unwrapped_optimizer
 from granet.followers import Follower
 from granet.growth import Growth
 from granet.placement import Layer
@@ -104,6 +104,7 @@ class Sparsifier(ABC):
         if init not in ("masks", "from_zeros"):
             raise ValueError(f"init: expected 'masks' or 'from_zeros', got {init!r}")
         layers = layers_of(unwrapped(model))
+        optimizer = unwrapped_optimizer(optimizer)
         _check_optimizer(optimizer, layers)
         self.growth = None if growth is None else Growth(growth)
         self.topology = Topology(layers, optimizer, torch.Generator().manual_seed(seed))
