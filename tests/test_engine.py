@@ -470,8 +470,12 @@ def test_compiled_model_trains_through_updates_without_recompiling():
     model = network()
     optimizer = sgd(model)
     sparsifier = GraNet(model, optimizer, **SETTINGS)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     train(compiled, optimizer, sparsifier, 0, 2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(compiled, optimizer, sparsifier, 2, STEPS)
+    counters = torch._dynamo.utils.counters
+    assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
     assert_same(everything(model, optimizer, sparsifier), everything(*run()))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from granet.counts import check_enough
 from granet.distributed import unwrapped
 from granet.distributions import active_budget, layer_budgets
-from granet.engine import Options, Sparsifier, layers_of
+from granet.engine import Options, Sparsifier
+from granet.placement import layers_of
 from granet.schedules import never
 from granet.sharded import placement_of
 from granet_kernels import densify

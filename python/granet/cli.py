@@ -27,6 +27,7 @@ from granet import (
 from granet.checkpoint import Checkpoint, load_checkpoint
 from granet.config import (
     TrainConfig,
+    add_config_flags,
     add_flags,
     build_config,
     flags_given,
@@ -156,17 +157,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def _add_invocation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about this invocation, which are no part of the run's configuration."""
-    parser.add_argument(
-        "-c",
-        "--config",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="YAML file with any of the settings below, or a recipe (granet recipes); may be repeated",
-    )
-    parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="The settings below in another form"
-    )
+    add_config_flags(parser)
     parser.add_argument(
         "--resume",
         nargs="?",

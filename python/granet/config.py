@@ -328,6 +328,21 @@ def parse_value(name: str, text: str) -> object:
     return text
 
 
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """The other ways to give settings: files and recipes by -c, and KEY=VALUE."""
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="YAML file with any of the settings below, or a recipe (granet recipes); may be repeated",
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="The settings below in another form"
+    )
+
+
 def add_flags(parser: argparse.ArgumentParser, titles: Iterable[str] = GROUPS) -> None:
     """Give `parser` one flag for each field of these groups; flags not given leave no trace."""
     defaults = TrainConfig()

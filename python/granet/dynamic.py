@@ -16,7 +16,8 @@ from granet.counts import ActiveCounts, Scope
 from granet.criteria import GROWTH
 from granet.distributed import unwrapped
 from granet.distributions import Distribution, active_budget
-from granet.engine import Options, Sparsifier, layers_of
+from granet.engine import Options, Sparsifier
+from granet.placement import layers_of
 from granet.redistribution import check_redistribution
 from granet.schedules import Ramp, Schedule, UpdateClock, check_sparsities
 from granet.sharded import placement_of

@@ -23,12 +23,12 @@ from torch.utils.hooks import RemovableHandle
 from granet.distributed import Replicas, unwrapped, unwrapped_optimizer
 from granet.followers import Follower
 from granet.growth import Growth
-from granet.placement import Layer
+from granet.placement import Layer, check_optimizer, layers_of
 from granet.saved import check_equal, check_step, checked_engine, checked_masks
 from granet.schedules import UpdateClock
 from granet.settings import described
 from granet.topology import Exchange, Topology
-from granet_kernels import BitMask, MaskedConv2d, MaskedLinear, MaskedSGD, masked_layers
+from granet_kernels import BitMask, MaskedConv2d, MaskedLinear, MaskedSGD
 
 log = logging.getLogger("granet")
 
@@ -105,7 +105,7 @@ class Sparsifier(ABC):
             raise ValueError(f"init: expected 'masks' or 'from_zeros', got {init!r}")
         layers = layers_of(unwrapped(model))
         optimizer = unwrapped_optimizer(optimizer)
-        _check_optimizer(optimizer, layers)
+        check_optimizer(optimizer, layers)
         self.growth = None if growth is None else Growth(growth)
         self.topology = Topology(layers, optimizer, torch.Generator().manual_seed(seed))
         self.total_steps = total_steps
@@ -444,26 +444,3 @@ class Sparsifier(ABC):
                 self.topology.settle()
             if self.growth and self._asked_for_dense_gradient:
                 self.growth.observe(self.layers, getattr(optimizer, "grad_scale", None))
-
-
-def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """The masked layers of a model; of layers that share a weight, the first.
-
-    Raises:
-        ValueError: there are none.
-    """
-    layers = masked_layers(model)
-    if not layers:
-        raise ValueError(
-            "model: expected masked layers in it, got none; call granet_kernels.sparsify(model)"
-        )
-    return layers
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    for name, layer in layers.items():
-        if layer.weight.requires_grad and id(layer.weight) not in held:
-            raise ValueError(
-                f"optimizer: expected the parameters of model, got one without {name}.weight"
-            )

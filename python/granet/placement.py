@@ -10,13 +10,20 @@ are packed, one bit a weight, in the storage order of their weight; so are those
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from granet_kernels import MaskedConv2d, MaskedLinear, count_active, pack_mask, prune_
+from granet_kernels import (
+    MaskedConv2d,
+    MaskedLinear,
+    count_active,
+    masked_layers,
+    pack_mask,
+    prune_,
+)
 from granet_kernels.layout import full_mask
 
 Layer = MaskedConv2d | MaskedLinear
@@ -139,3 +146,27 @@ class Whole:
         bits = torch.randint(1, 2**24 + 1, param.shape, generator=generator, dtype=torch.int32)
         here = self.rows(bits.float() / 2**24, param)
         return torch.empty_like(self.local(param), dtype=torch.float32).copy_(here)
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """The masked layers of a model; of layers that share a weight, the first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = masked_layers(model)
+    if not layers:
+        raise ValueError(
+            "model: expected masked layers in it, got none; call granet_kernels.sparsify(model)"
+        )
+    return layers
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer]) -> None:
+    """Raise ValueError where an optimizer lacks a weight of a model's masked layers."""
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for name, layer in layers.items():
+        if layer.weight.requires_grad and id(layer.weight) not in held:
+            raise ValueError(
+                f"optimizer: expected the parameters of model, got one without {name}.weight"
+            )

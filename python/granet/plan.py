@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from granet import recipes
-from granet.config import TrainConfig, add_flags, build_config, flags_given, parse_settings
+from granet.config import (
+    TrainConfig,
+    add_config_flags,
+    add_flags,
+    build_config,
+    flags_given,
+    parse_settings,
+)
 from granet.report import show
 
 # What the data sets are, for plans made where their files are not: training images, classes, shape.
@@ -129,15 +136,7 @@ def _sparsity_at(sparsifier: object, step: int) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `granet train` that say what a run is."""
-    parser.add_argument(
-        "-c",
-        "--config",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="YAML file of settings, or a recipe (granet recipes); may be repeated",
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings in another form")
+    add_config_flags(parser)
     add_flags(parser)
 
 

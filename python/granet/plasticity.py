@@ -29,8 +29,8 @@ from torch import Tensor
 from granet import build
 from granet.config import TrainConfig
 from granet.distributions import active_budget
-from granet.engine import layers_of
 from granet.passes import Passes
+from granet.placement import layers_of
 from granet.topology import Exchange, Topology
 from granet_kernels import sparsify
 

@@ -93,14 +93,7 @@ class CosineDecay:
         return min(self.floor + (self.initial - self.floor) * share, self.initial)
 
     def __post_init__(self) -> None:
-        _check_fraction("floor", self.floor)
-        _check_positive("total_steps", self.total_steps)
-        _check_fraction("initial", self.initial)
-        if self.initial < self.floor:
-            raise ValueError(
-                f"initial: expected a number in [floor={self.floor}, 1], got {self.initial} "
-                "(use Constant for a value that does not decay)"
-            )
+        _check_decay(self.initial, self.floor, self.total_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,13 +112,7 @@ class LinearDecay:
         return min(self.floor + (self.initial - self.floor) * left, self.initial)
 
     def __post_init__(self) -> None:
-        _check_fraction("floor", self.floor)
-        _check_positive("total_steps", self.total_steps)
-        _check_fraction("initial", self.initial)
-        if self.initial < self.floor:
-            raise ValueError(
-                f"initial: expected a number in [floor={self.floor}, 1], got {self.initial}"
-            )
+        _check_decay(self.initial, self.floor, self.total_steps)
 
 
 DROP_SCHEDULES = ("cosine", "linear", "constant")
@@ -388,6 +375,17 @@ def _as_int(name: str, value: object, expected: str) -> int:
         return operator.index(value)  # type: ignore[arg-type]  # the call is the check
     except TypeError:
         raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+
+
+def _check_decay(initial: float, floor: float, total_steps: int) -> None:
+    _check_fraction("floor", floor)
+    _check_positive("total_steps", total_steps)
+    _check_fraction("initial", initial)
+    if initial < floor:
+        raise ValueError(
+            f"initial: expected a number in [floor={floor}, 1], got {initial} "
+            "(use Constant for a value that does not decay)"
+        )
 
 
 def _check_positive(name: str, value: int) -> None:

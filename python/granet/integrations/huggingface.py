@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from granet.distributed import leave_masks_alone, unwrapped
-from granet.engine import layers_of
 from granet.integrations.keeper import Keeper
+from granet.placement import layers_of
 
 FILE = "sparsifier.pt"
 """In each checkpoint's directory."""
