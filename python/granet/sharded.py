@@ -4,8 +4,8 @@ Masks stay whole on every rank, at one bit a weight: 125 MB for a billion weight
 billion. Scores and weights are never gathered. To select, ranks count digits of the magnitudes' bits
 and add up their counts, digit by digit (a radix selection); equal magnitudes go to the lower index,
 and the rows of a rank lie behind those of the ranks before it. So given the same gradients the masks
-are those of a single process, bit for bit. An update sends those counts, 48 KB for each layer and selection, and
-each mask once: what it sends does not grow with the precision of the weights.
+are those of a single process, bit for bit. An update sends those counts (48 KB for each layer and
+selection from fp32 values) and each mask once.
 """
 
 from __future__ import annotations
