@@ -193,6 +193,7 @@ def test_set_drops_the_same_share_of_both_signs_and_needs_no_dense_gradient() ->
         before, weight = layer.mask, layer.weight.clone()
         if sparsifier.step():
             kept = before & (layer.weight != 0)  # what grew again is zero
+            assert int(kept.sum()) == int(before.sum()) - math.ceil(0.5 * int(before.sum()))
             for sign in (weight > 0, weight < 0):
                 there, left = int((before & sign).sum()), int((kept & sign).sum())
                 assert abs(left - there / 2) <= 1.5  # both counts are rounded
