@@ -23,6 +23,7 @@ from granet import (
     plasticity_command,
     recipes,
     report,
+    sweep,
 )
 from granet.checkpoint import Checkpoint, load_checkpoint
 from granet.config import (
@@ -61,6 +62,7 @@ COMMANDS = {
     "plasticity": plasticity_command,
     "recipes": recipes,
     "report": report,
+    "sweep": sweep,
 }
 """Modules of the subcommands besides train; each has a `run`."""
 
@@ -129,6 +131,15 @@ def make_parser() -> argparse.ArgumentParser:
             help="measure how networks recover from being pruned",
             description="Prune copies of a dense network at chosen epochs, train them on, and write "
             "how well they recover: a table and a plot.",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+    )
+    sweep.add_arguments(
+        commands.add_parser(
+            "sweep",
+            usage="granet sweep [SWEEP] [-c NAME] [SETTINGS] [KEY=VALUE ...]",
+            help="train methods x sparsities x seeds, and compare them in a table",
             formatter_class=_Formatter,
             allow_abbrev=False,
         )

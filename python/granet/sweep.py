@@ -1,0 +1,160 @@
+"""`granet sweep`: methods x sparsities x seeds, one run after another, and a table of them.
+
+A sweep that is interrupted goes on where it was: finished runs are kept, the one under way resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from granet import recipes
+from granet.checkpoint import load_checkpoint
+from granet.config import (
+    TrainConfig,
+    add_config_flags,
+    add_flags,
+    build_config,
+    flags_given,
+    parse_settings,
+)
+from granet.paper import figure
+from granet.report import read_run, show, spread
+from granet.stopping import Stopped
+from granet.telemetry import LAST, SUMMARY
+
+HEADER = (
+    "method", "sparsity", "test acc. %", "seeds", "train FLOPs", "infer. FLOPs", "paper's acc. %",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One run of a sweep."""
+
+    method: str
+    """A recipe of a method."""
+    sparsity: float
+    config: TrainConfig
+
+
+def points(
+    base: Mapping[str, object],
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    output: str,
+) -> list[Point]:
+    """The runs, seeds outermost, so that an early look at a sweep sees every method; dense once a seed.
+
+    Raises:
+        ValueError: a method is no recipe of one, or a setting does not fit it.
+        FileNotFoundError: a method is no recipe at all.
+    """
+    found = []
+    for seed, method in itertools.product(seeds, methods):
+        settings = recipes.read(method)
+        if "method" not in settings:
+            raise ValueError(f"methods: expected recipes of methods, got {method!r}")
+        for sparsity in sparsities if method != "dense" else [0.0]:
+            name = f"{method}-{sparsity:g}-{seed}" if method != "dense" else f"dense-{seed}"
+            own: dict[str, Any] = {"seed": seed, "output": output, "experiment": name}
+            if method != "dense":
+                own["sparsity"] = sparsity
+            found.append(
+                Point(method=method, sparsity=sparsity, config=build_config(base, settings, own))
+            )
+    return found
+
+
+def train_point(point: Point) -> None:
+    """Train, resume, or skip what has been finished."""
+    from granet.train import train  # needs the train extra
+
+    directory = point.config.run_directory
+    if (directory / SUMMARY).is_file():
+        return
+    resume = load_checkpoint(directory / LAST) if (directory / LAST).is_file() else None
+    train(point.config, resume=resume)
+
+
+def table(done: Sequence[Point]) -> list[list[str]]:
+    """A row for each method and sparsity: mean and deviation over seeds, and the paper's figure."""
+    rows = []
+    for (method, sparsity), group in _grouped(done):
+        summaries = [read_run(point.config.run_directory).summary for point in group]
+        results = [summary for summary in summaries if summary is not None]
+        config = group[0].config
+        theirs = figure(config.dataset, config.model, method, sparsity)
+        rows.append(
+            [
+                method,
+                f"{sparsity:g}",
+                spread([result.test_acc for result in results], "{:.2f}"),
+                str(len(results)),
+                spread([result.train_flops_ratio for result in results], "{:.3f}"),
+                spread([result.inference_flops_ratio for result in results], "{:.3f}"),
+                "-" if theirs is None else str(theirs),
+            ]
+        )
+    return rows
+
+
+def _grouped(done: Sequence[Point]) -> Iterator[tuple[tuple[str, float], list[Point]]]:
+    groups: dict[tuple[str, float], list[Point]] = {}
+    for point in done:
+        groups.setdefault((point.method, point.sparsity), []).append(point)
+    yield from groups.items()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sweep's, then those of `granet train`."""
+    sweep = parser.add_argument_group("sweep")
+    sweep.add_argument(
+        "--methods",
+        default="dense,granet,granet-dense,gmp,rigl,snip",
+        metavar="NAME,NAME",
+        help="recipes of methods (default: dense,granet,granet-dense,gmp,rigl,snip)",
+    )
+    sweep.add_argument(
+        "--sparsities", default="0.9,0.95,0.98", metavar="X,X", help="(default: 0.9,0.95,0.98)"
+    )
+    sweep.add_argument("--seeds", default="0,1,2", metavar="N,N", help="(default: 0,1,2)")
+    add_config_flags(parser)
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is missing, and print the table; the exit status."""
+    given = {k: v for name in args.config for k, v in recipes.read(name).items()}
+    given |= parse_settings(args.settings) | flags_given(args)
+    output = Path(str(given.pop("output", "runs")), str(given.pop("experiment", "sweep")))
+    sweep = points(
+        given,
+        args.methods.split(","),
+        [float(part) for part in _numbers("sparsities", args.sparsities)],
+        [int(part) for part in _numbers("seeds", args.seeds)],
+        str(output),
+    )
+    for number, point in enumerate(sweep, start=1):
+        print(f"[{number}/{len(sweep)}] {point.config.run_directory}", flush=True)
+        try:
+            train_point(point)
+        except Stopped as stop:
+            print(f"{stop}; or repeat the sweep, which goes on", file=sys.stderr)
+            return 128 + (stop.signal_number or 0)
+    show(list(HEADER), table(sweep))
+    print("FLOPs relative to dense. Accuracies of the paper: 2nd as others report them, or unverified.")
+    return 0
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers between commas, got {text!r}") from None

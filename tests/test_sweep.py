@@ -1,0 +1,94 @@
+"""`granet sweep`: which runs, that it goes on where it was, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from granet import recipes
+from granet import sweep as sweeping
+from granet.cli import main
+from granet.paper import DENSE, FIGURES, figure
+from granet.stopping import Stopped
+from granet.sweep import points, table
+from tests.tiny_runs import tiny  # noqa: F401
+
+LINE = [
+    "sweep", "--methods", "dense,granet,rigl,snip", "--sparsities", "0.8,0.9", "--seeds", "0,1",
+    "epochs=2", "batch_size=256", "update_freq=2", "log_interval=0",
+]  # fmt: skip
+
+
+def test_points_are_every_combination_and_dense_once_a_seed() -> None:
+    found = points({"epochs": 2}, ["dense", "gmp"], [0.8, 0.9], [3, 4], "runs/x")
+    names = [point.config.run_directory.name for point in found]
+    assert names == ["dense-3", "gmp-0.8-3", "gmp-0.9-3", "dense-4", "gmp-0.8-4", "gmp-0.9-4"]
+    assert [point.config.sparsity for point in found[1:3]] == [0.8, 0.9]
+    assert all(point.config.epochs == 2 for point in found)
+
+
+def test_a_sweep_that_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*LINE, "--output", str(tmp_path)]
+    trained: list[str] = []
+    train_point = sweeping.train_point
+
+    def stops(point: sweeping.Point) -> None:
+        if len(trained) == 3:
+            raise Stopped(tmp_path / "last.pt", 1, 2)
+        trained.append(point.config.run_directory.name)
+        train_point(point)
+
+    monkeypatch.setattr(sweeping, "train_point", stops)
+    assert main(line) == 130
+    assert "or repeat the sweep, which goes on" in capsys.readouterr().err
+    monkeypatch.setattr(sweeping, "train_point", train_point)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.yaml")}
+    assert len(finished) == 3
+    assert main(line) == 0
+    printed = capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    assert len(list(tmp_path.rglob("summary.yaml"))) == 2 * (1 + 3 * 2)
+    rows = [row for row in printed.splitlines() if row.startswith(("dense ", "granet ", "rigl "))]
+    assert [row.split()[:2] for row in rows if "on digits" not in row] == [
+        ["dense", "0"], ["granet", "0.8"], ["granet", "0.9"], ["rigl", "0.8"], ["rigl", "0.9"],
+    ]  # fmt: skip
+
+
+def test_the_table_sets_the_papers_figures_beside_ours(tmp_path: Path) -> None:
+    found = points(
+        {"dataset": "digits", "epochs": 1, "batch_size": 256, "log_interval": 0},
+        ["snip"], [0.9], [0], str(tmp_path),
+    )  # fmt: skip
+    sweeping.train_point(found[0])
+    [row] = table(found)
+    assert (row[0], row[1], row[3], row[-1]) == ("snip", "0.9", "1", "-")
+
+
+def test_figures_have_their_provenance() -> None:
+    for dataset, model in FIGURES:
+        assert f"{dataset}-{model.removesuffix('_cifar')}" in recipes.names()
+        assert (dataset, model) in DENSE
+    assert str(figure("cifar10", "vgg19_cifar", "granet-dense", 0.9)) == "93.80 (2nd)"
+    assert str(figure("cifar10", "vgg19_cifar", "granet", 0.9)) == "93.73 (recalled)"
+    assert str(figure("cifar100", "resnet50_cifar", "dense", 0.0)) == "78.23 (2nd)"
+    assert figure("cifar100", "resnet50_cifar", "granet", 0.9) is None
+    assert set().union(*FIGURES.values()) <= set(recipes.names())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "digits"], "methods: expected recipes of methods, got 'digits'"),
+        (["--methods", "grant"], "recipes: granet"),
+        (["--sparsities", "high"], "sparsities: expected numbers between commas, got 'high'"),
+    ],
+)
+def test_a_sweep_that_cannot_be(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", *flags])
+    assert message in capsys.readouterr().err
