@@ -149,7 +149,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{stop}; or repeat the sweep, which goes on", file=sys.stderr)
             return 128 + (stop.signal_number or 0)
     show(list(HEADER), table(sweep))
-    print("FLOPs relative to dense. Accuracies of the paper: 2nd as others report them, or unverified.")
+    print(
+        "FLOPs relative to dense. Accuracies of the paper: 2nd as others report them, or unverified."
+    )
     return 0
 
 
