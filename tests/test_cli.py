@@ -278,3 +278,13 @@ def test_whoever_stops_reading_gets_no_complaint() -> None:
     process.stdout.close()
     assert "Error" not in process.stderr.read()
     assert process.wait() == 0
+
+
+def test_a_misspelt_flag_is_one_line_with_what_is_close(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert granet("train", "--sparsty", "0.9") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "granet train: error: unknown argument '--sparsty'; close: --sparsity"
+    )

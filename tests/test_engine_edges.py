@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -377,7 +378,7 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("granet", {"floor": 1.5}, "floor: expected an integer of at least 0, got 1.5"),
     ("granet", {"floor": "2"}, "floor: expected an integer of at least 0, got '2'"),
-    ("granet", {"update_every": "5"}, "update_every: expected a number of steps, got '5'"),
+    ("granet", {"update_every": "5"}, "update_every: expected a step or a percentage like"),
     ("granet", {"update_every": 2.5}, "update_every: expected a number of steps, got 2.5"),
     ("granet", {"drop_fraction": "x"}, "drop_fraction: expected a number in [0, 1], got 'x'"),
     ("granet", {"grow": None}, "grow: expected one of gradient, momentum, random, got None"),
@@ -432,6 +433,61 @@ def test_masks_are_left_out_of_a_compiled_wrapper_too(tmp_path: Path) -> None:
         assert wrapped.modules_buffers == []
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["rigl", "set", "static", "granet"])
+@pytest.mark.parametrize("start", ["masks", "from_zeros"])
+def test_no_random_masks_over_what_was_trained_sparsely(method: str, start: str) -> None:
+    model = network()
+    trained = OneShot(model, sgd(model), sparsity=0.7, total_steps=9, prune_at=0)
+    trained.remove()
+    weights = {name: layer.weight.detach().clone() for name, layer in trained.layers.items()}
+    if start == "from_zeros":
+        model = sparsify(network())
+        model.load_state_dict({f"{n}.weight": w for n, w in weights.items()}, strict=False)
+    settings: dict[str, Any] = {"init": start, "sparsity": 0.7, "total_steps": 30}
+    if method == "granet":
+        settings |= {"initial_sparsity": 0.7, "update_every": 5}
+    sparsifier: Any = METHODS[method](model, sgd(model), **settings)  # type: ignore[arg-type]
+    assert sum(sparsifier.active_counts()) == sparsifier.target_active
+    for name, layer in sparsifier.layers.items():
+        assert torch.equal(layer.weight, weights[name])
+
+
+def test_existing_masks_are_pruned_to_the_initial_sparsity() -> None:
+    model = network()
+    OneShot(model, sgd(model), sparsity=0.3, total_steps=9, prune_at=0).remove()
+    sparsifier = RigL(model, sgd(model), sparsity=0.7, total_steps=30, update_every=5)
+    assert sum(sparsifier.active_counts()) == sparsifier.target_active
+
+
+def test_model_and_optimizer_are_looked_at_first() -> None:
+    model = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="model: expected masked layers in it, got none"):
+        GraNet(model, torch.optim.SGD(model.parameters()), sparsity=2.0, total_steps=0)
+    with pytest.raises(ValueError, match=r"optimizer: .* without 0.weight"):
+        GraNet(network(), sgd(network()), sparsity=0.5, total_steps=10)
+    text = str(inspect.signature(GraNet))
+    assert "sparsity: 'float'" in text
+    assert "drop_fraction" in text
+
+
+def test_what_a_sparsifier_prints() -> None:
+    model = network()
+    sparsifier = GraNet(model, sgd(model), sparsity=0.5, total_steps=10, update_every="20%")
+    assert repr(sparsifier) == "GraNet(step 0 of 10, sparsity 0.0000, 2 layers of 192 weights)"
+    assert sparsifier.clock.every == 2
+
+
+def test_steps_without_a_call_are_wondered_at() -> None:
+    model = network()
+    optimizer = sgd(model)
+    GraNet(model, optimizer, sparsity=0.5, total_steps=1000, update_every=10)
+    model(torch.randn(2, 8)).sum().backward()
+    for _ in range(99):
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"100 steps without a call of sparsifier.step\(\)"):
+        optimizer.step()
 
 
 def test_one_shot_at_the_start_and_no_more() -> None:

@@ -113,11 +113,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     assert main(["export", str(config.run_directory), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert f"{tmp_path}/out/best-dense.pt: " in printed
+    assert f"{tmp_path}/out/best.dense.pt: " in printed
     for form in FORMATS:
-        assert f"best-{form}" in printed or f"{form}: left out" in printed
+        assert f"best.{form}" in printed or f"{form}: left out" in printed
+    assert (
+        "model = granet.models.create_model('resnet_tiny', num_classes=10, in_channels=1)"
+        in printed
+    )
     assert main(["export", str(config.run_directory / "last.pt"), "--format", "dense"]) == 0
-    assert (config.run_directory / "last-dense.pt").is_file()
+    assert (config.run_directory / "last.dense.pt").is_file()
     dense = tiny_config(tmp_path, method="dense", experiment="dense", epochs=1)
     train(dense)
     with pytest.raises(SystemExit):

@@ -83,10 +83,6 @@ def assert_sparse(model, optimizer):
             assert not tensor[~layer.mask].any()
 
 
-def granet_of_a_short_run(*args, **options):
-    return GraNet(*args, update_every=3, **options)
-
-
 class Skips(torch.amp.GradScaler):
     """A scaler on the CPU, to which the gradients of one step look infinite."""
 
@@ -190,7 +186,7 @@ def test_accelerate_in_readme(accelerator):
     model, data = a_net(), examples()
     names = {
         "torch": torch,
-        "GraNet": granet_of_a_short_run,
+        "GraNet": GraNet,
         "accelerator": accelerator(),
         "total_steps": 2 * STEPS,
     }
@@ -329,7 +325,7 @@ def test_huggingface_in_readme(tmp_path):
     model, args = hf_parts(tmp_path, optim="adamw_torch")
     import transformers
 
-    names = {"transformers": transformers, "GraNet": granet_of_a_short_run, "model": model}
+    names = {"transformers": transformers, "GraNet": GraNet, "model": model}
     exec(readme(0), names | {"args": args, "dataset": examples()})
     assert (tmp_path / "checkpoint-7" / "sparsifier.pt").is_file()
     assert_sparsity(model, 0.9)
@@ -458,7 +454,7 @@ def test_lightning_in_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for logs and checkpoints
     lightning = pytest.importorskip("lightning")
     module = lightning_module("AdamW")
-    names = {"lightning": lightning, "GraNet": granet_of_a_short_run, "epochs": 1}
+    names = {"lightning": lightning, "GraNet": GraNet, "epochs": 1}
     names |= {"module": module, "loader": torch.utils.data.DataLoader(examples(), batch_size=BATCH)}
     exec(readme(1), names)
     assert_sparsity(module, 0.9)

@@ -356,7 +356,7 @@ def test_every_method_has_a_page_and_a_source(capsys: pytest.CaptureFixture[str]
         assert inspect.getmodule(method).__doc__
         assert main(["methods", name]) == 0
     page = capsys.readouterr().out
-    assert "--prune-at            50%" in page
+    assert "--prune-at            prune_at            50%" in page
     with pytest.raises(SystemExit):
         main(["methods", "none"])
     assert "name: expected one of granet, gmp," in capsys.readouterr().err

@@ -20,7 +20,6 @@ from granet.distributions import DISTRIBUTIONS, Explicit, ScaledErk
 from granet.engine import Sparsifier
 from granet.methods import METHODS, LotteryTicket
 from granet.models import create_model
-from granet.schedules import as_step
 from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, sparsify
 
 INITIAL_SPARSITY = 0.5
@@ -147,9 +146,7 @@ def _method_arguments(config: TrainConfig, total_steps: int) -> dict[str, Any]:
     taken = method_parameters(config.method)
     arguments: dict[str, Any] = {"sparsity": config.sparsity}
     if "update_every" in taken:
-        every = as_step(config.update_freq, total_steps, "update_freq")
-        # A share of a short run may be less than a step.
-        arguments["update_every"] = max(every, 1) if isinstance(config.update_freq, str) else every
+        arguments["update_every"] = config.update_freq
     if "initial_sparsity" in taken:
         arguments["initial_sparsity"] = min(INITIAL_SPARSITY, config.sparsity)
     for field, argument in ARGUMENTS.items():

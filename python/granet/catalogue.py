@@ -37,17 +37,11 @@ def listing() -> list[str]:
 def page(name: str) -> list[str]:
     """A method's description, source, and settings as `granet train` takes them."""
     doc = inspect.cleandoc(METHODS[name].__doc__ or "").split("\nArgs:")[0].rstrip()
-    lines = [
-        name,
-        "",
-        doc,
-        "",
-        METHODS[name].source,
-        "",
-        "settings of granet train, and their defaults:",
-    ]
+    method = METHODS[name]
+    lines = [name, "", doc, "", method.source, "", f"from granet import {method.__name__}", ""]
+    lines.append("settings of granet train, the class's arguments, and their defaults:")
     for flag, default in settings(name).items():
-        lines.append(f"  --{flag.replace('_', '-'):<20}{default}")
+        lines.append(f"  --{flag.replace('_', '-'):<20}{ARGUMENTS[flag]:<20}{default}")
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from granet.config import (
     add_config_flags,
     add_flags,
     build_config,
+    field_types,
     flags_given,
     parse_settings,
 )
@@ -69,7 +71,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `granet` with these arguments (those of the process by default); the exit status."""
-    args = make_parser().parse_args(argv)
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        print(f"granet {args.command}: error: {_unknown(unknown[0])}", file=sys.stderr)
+        return 2
     try:
         if args.command == "train":
             return _train(args)
@@ -80,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _unknown(argument: str) -> str:
+    """What is wrong with an argument that no parser knows."""
+    flags = [f"--{name.replace('_', '-')}" for name in field_types()]
+    close = difflib.get_close_matches(argument.split("=")[0], flags, n=3)
+    hint = f"; close: {', '.join(close)}" if close else ""
+    return f"unknown argument {argument!r}{hint}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -31,7 +31,8 @@ class Plan:
     sparsity: float
     """At the end, over all masked layers together."""
     initial_sparsity: float = 0.0
-    """Of random masks at the start; 0 leaves the masks as they are."""
+    """At the start: of random masks where the layers are dense, or else of a prune of the masks that are
+    there. 0 leaves masks as they are."""
     prune_first: bool = False
     """Whether the model is pruned to its sparsity before it is trained."""
     distribution: str | Distribution = "erk"
@@ -84,13 +85,12 @@ class DynamicSparsifier(Sparsifier):
             floor=plan.floor,
             official_rounding=plan.official_rounding,
         )
-        if plan.initial_sparsity > 0:
-            active = [layer.weight.numel() for layer in layers.values()]
-        elif options.get("init") == "from_zeros":
+        if options.get("init") == "from_zeros":
             place = placement_of(layers)
             active = place.counts_of(place.nonzero(place.parts(layers.values())))
         else:
             active = [layer.count_active() for layer in layers.values()]
+        is_dense = sum(active) == sum(layer.weight.numel() for layer in layers.values())
         self.counts.check_feasible(plan.sparsity, active)
         if plan.drop_fraction is not None:
             check_redistribution(plan.exchange.redistribution, optimizer)
@@ -103,9 +103,10 @@ class DynamicSparsifier(Sparsifier):
             settings=_settings(plan),
             **options,
         )
-        if plan.initial_sparsity > 0:
-            generator = self.topology.generator
-            self.randomize(self.counts.initial(plan.initial_sparsity, generator))
+        if plan.initial_sparsity > 0 and is_dense:
+            self.randomize(self.counts.initial(plan.initial_sparsity, self.topology.generator))
+        elif plan.initial_sparsity > 0:  # never over what has been trained sparsely
+            self._prune_to(plan.initial_sparsity)
         if plan.prune_first:
             self._prune_to(plan.sparsity)
         self.begin()

@@ -8,6 +8,7 @@ optimizer state at zero whatever the optimizer is.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -43,8 +44,7 @@ class Options(TypedDict, total=False):
     """Of everything random, masks at the start included; 0 by default."""
     init: Literal["masks", "from_zeros"]
     """Masks at the start: those that the layers have (the default), or of a model that was sparse
-    before it had masks, inactive where a weight is zero. A method that draws random masks does so
-    afterwards."""
+    before it had masks, inactive where a weight is zero. Random masks are drawn for dense models only."""
     process_group: ProcessGroup | None
     """Ranks that train this model; by default all of them where torch.distributed is running."""
 
@@ -80,6 +80,11 @@ class Sparsifier(ABC):
     """What ``granet train --method`` calls it."""
     source: ClassVar[str]
     """Where the method comes from."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _model_first(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -123,6 +128,7 @@ class Sparsifier(ABC):
         self._stepped = False
         self._pruned: dict[str, Tensor] | None = None
         self._calls_without_a_step = 0
+        self._steps_without_a_call = 0
         self._asked_for_dense_gradient = False
         self._hook: RemovableHandle | None = None
         if init == "from_zeros":
@@ -144,6 +150,12 @@ class Sparsifier(ABC):
             self._hook.remove()
         self._hook = None
         self._set_dense_gradient(False)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(step {self.steps} of {self.total_steps}, sparsity "
+            f"{self.sparsity:.4f}, {len(self.layers)} layers of {self.numel:,} weights)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hook": self._hook is not None}
@@ -203,6 +215,7 @@ class Sparsifier(ABC):
             RuntimeError: it is time for an update, and the gradients are gone (nothing has changed);
                 or ranks have come to different masks.
         """
+        self._steps_without_a_call = 0
         if not self._stepped:
             self._wonder_at_no_step()
             return False
@@ -439,8 +452,32 @@ class Sparsifier(ABC):
         self._stepped = found_inf is None or not bool(found_inf)
         if not self._stepped:
             return
+        self._steps_without_a_call += 1
+        if self._steps_without_a_call == 100:
+            warnings.warn(
+                "the optimizer has taken 100 steps without a call of sparsifier.step(): masks change there "
+                "alone",
+                stacklevel=4,
+            )
         with torch.no_grad():
             if not isinstance(optimizer, MaskedSGD) or not self.topology.place.is_whole:
                 self.topology.settle()
             if self.growth and self._asked_for_dense_gradient:
                 self.growth.observe(self.layers, getattr(optimizer, "grad_scale", None))
+
+
+def _model_first(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that looks at model and optimizer before at schedules: there most mistakes are made."""
+
+    @functools.wraps(init)
+    def checked(
+        self: Sparsifier,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        check_optimizer(unwrapped_optimizer(optimizer), layers_of(unwrapped(model)))
+        init(self, model, optimizer, *args, **kwargs)
+
+    return checked

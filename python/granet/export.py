@@ -9,6 +9,7 @@ onnx         the dense network in evaluation mode, for onnxruntime and its like
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def _save_compact(model: nn.Module, path: Path) -> None:
         ) from error
     tensors, shapes = compacted(model)
     save_file(tensors, path, metadata={META: json.dumps(shapes)})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors' files are private, results are not
 
 
 def compacted(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:

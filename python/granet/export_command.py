@@ -7,7 +7,18 @@ from pathlib import Path
 
 from granet.telemetry import BEST, LAST
 
-SUFFIXES = {"dense": ".pt", "safetensors": ".safetensors", "compressed": ".cpu.pt", "onnx": ".onnx"}
+SUFFIXES = {
+    "dense": ".dense.pt",
+    "safetensors": ".safetensors",
+    "compressed": ".compressed.pt",
+    "onnx": ".onnx",
+}
+LOADING = {
+    "dense": "model.load_state_dict(torch.load(FILE))",
+    "safetensors": "granet.export.load_compact(FILE, model), masked or dense",
+    "compressed": "compress(sparsify(model)).load_state_dict(torch.load(FILE))",
+    "onnx": "onnxruntime.InferenceSession(FILE)",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{path}: {path.stat().st_size:,} bytes, optimizer and masks included")
     for form in args.format or SUFFIXES:
-        target = folder / f"{path.stem}-{form}{SUFFIXES[form]}"
+        target = folder / f"{path.stem}{SUFFIXES[form]}"
         try:
             size = export(model.eval(), form, target, source.sample_shape)
         except (ImportError, ValueError) as error:
@@ -50,5 +61,11 @@ def run(args: argparse.Namespace) -> int:
                 raise
             print(f"{form}: left out, {error}")
             continue
-        print(f"{target}: {size:,} bytes")
+        print(f"{target}: {size:,} bytes; {LOADING[form]}")
+    config = checkpoint.config
+    channels = source.sample_shape[0]
+    print(
+        f"model = granet.models.create_model({config.model!r}, num_classes={source.num_classes}, "
+        f"in_channels={channels})"
+    )
     return 0

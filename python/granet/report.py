@@ -181,7 +181,7 @@ def table(runs: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
         unfinished = len(group) - len(done)
         rows.append([
             group[0].config.method,
-            *(str(setup.get(name, "-")) for name in extra),
+            *("-" if setup.get(name) is None else str(setup[name]) for name in extra),
             spread([count.sparsity for count in counted], "{:.4f}"),
             spread([summary.test_acc for summary in done], "{:.2f}"),
             spread([count.active for count in counted], "{:,.0f}"),
@@ -280,7 +280,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; the exit status."""
-    runs = [read_run(directory) for path in args.runs for directory in find_runs(path)]
+    runs = []
+    for path in args.runs:
+        try:
+            runs += [read_run(directory) for directory in find_runs(path)]
+        except FileNotFoundError as error:
+            if len(args.runs) == 1:
+                raise
+            print(f"NOTE: {error}")  # of runs/*, where other things may lie
+    if not runs:
+        raise FileNotFoundError("run: expected run directories, found none")
     show(*table(runs))
     print(CAPTION)
     print("\n".join(agreement(runs)))

@@ -303,7 +303,7 @@ class UpdateClock:
 
 def updates(
     total_steps: int,
-    every: int,
+    every: int | str,
     *,
     start: int = 0,
     until: int,
@@ -314,10 +314,18 @@ def updates(
     The run's last step is no update, for what regrows there would stay zero; the published code
     does not mind.
     """
-    if _as_int("update_every", every, "a number of steps") < 1:
-        raise ValueError(f"update_every: expected at least 1 step, got {every}")
+    every = as_interval(every, total_steps)
     last = total_steps if official_rounding else total_steps - 1
     return UpdateClock(every=every, start=start, stop=max(min(until, last) + 1, start))
+
+
+def as_interval(every: int | str, total_steps: int) -> int:
+    """Steps between updates; a share of a run that is less than a step is one."""
+    if isinstance(every, str):
+        return max(as_step(every, total_steps, "update_every"), 1)
+    if _as_int("update_every", every, "a number of steps") < 1:
+        raise ValueError(f"update_every: expected at least 1 step, got {every}")
+    return every
 
 
 def never() -> UpdateClock:
@@ -330,7 +338,7 @@ def gradual(
     final: float,
     *,
     total_steps: int,
-    every: int,
+    every: int | str,
     prune_from: int | str,
     prune_until: int | str,
     curve: str | Curve,
@@ -353,7 +361,7 @@ def gradual(
         final=final,
         begin=start,
         end=min(until, last),
-        every=every,
+        every=clock.every,
         curve=curve,
         official_rounding=official_rounding,
     )

@@ -31,7 +31,7 @@ class GMP(DynamicSparsifier):
         *,
         sparsity: float,
         total_steps: int,
-        update_every: int = 1000,
+        update_every: int | str = 1000,
         prune_from: int | str = 0,
         prune_until: int | str = "50%",
         ramp: str | Curve = "cubic",

@@ -29,7 +29,7 @@ class GraNet(DynamicSparsifier):
         total_steps: length of the run in optimizer steps.
         initial_sparsity: 0 starts dense (or with the masks that are there); above that each layer
             starts with a random mask.
-        update_every: steps from one update to the next.
+        update_every: steps from one update to the next, or a share of the run such as ``"2%"``.
         prune_from, prune_until: the ramp, in steps or as ``"50%"`` of the run. Before
             ``prune_from`` masks stay as they are; after ``prune_until`` weights are still dropped
             and regrown. Steps that an AMP scaler skips are missing at the end of a run: leave some
@@ -72,7 +72,7 @@ class GraNet(DynamicSparsifier):
         sparsity: float,
         total_steps: int,
         initial_sparsity: float = 0.0,
-        update_every: int = 1000,
+        update_every: int | str = 1000,
         prune_from: int | str = 0,
         prune_until: int | str = "50%",
         ramp: str | Curve = "cubic",

@@ -37,7 +37,7 @@ class SET(DynamicSparsifier):
         *,
         sparsity: float,
         total_steps: int,
-        update_every: int = 1000,
+        update_every: int | str = 1000,
         update_until: int | str = "100%",
         drop_fraction: float | Schedule = 0.3,
         drop_schedule: str = "constant",
