@@ -14,15 +14,14 @@ import pytest
 from granet.config import (
     GROUPS,
     TrainConfig,
-    add_flags,
     build_config,
     field_docs,
     field_types,
-    flags_given,
     read_config_file,
     resume_conflicts,
     write_config_file,
 )
+from granet.flags import add_flags, flags_given
 
 
 def parse(*flags: str) -> dict[str, object]:

@@ -27,15 +27,8 @@ from granet import (
     sweep,
 )
 from granet.checkpoint import Checkpoint, load_checkpoint
-from granet.config import (
-    TrainConfig,
-    add_config_flags,
-    add_flags,
-    build_config,
-    field_types,
-    flags_given,
-    parse_settings,
-)
+from granet.config import TrainConfig, build_config, field_types
+from granet.flags import add_config_flags, add_flags, flags_given, parse_settings
 from granet.stopping import Stopped
 from granet.telemetry import LAST
 

@@ -1,13 +1,12 @@
-"""What a training run is: its fields, their checks, and the ways to give them (flags and YAML).
+"""What a training run is: its fields, their checks, and the YAML files that give them.
 
-One dataclass is the source of everything: flags, YAML keys, help texts and `args.yaml`. A run is
-put together from layers, later ones winning: defaults, the checkpoint that is resumed, the YAML
-file, the flags.
+One dataclass is the source of everything: flags (`flags.py`), YAML keys, help texts and `args.yaml`.
+A run is put together from layers, later ones winning: defaults, the checkpoint that is resumed, YAML
+files and recipes, KEY=VALUE, flags.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import difflib
@@ -213,12 +212,6 @@ GROUPS: dict[str, str] = {
 }
 """Title of each group in `--help`, and the fields in it."""
 
-SPARSITY_NOTE = (
-    "A TIME is a number of steps, or a share of the run such as 50%. In brackets: what holds where "
-    "nothing is given; methods differ, and `granet methods NAME` says what one has. A dense run uses "
-    "none of these but --method."
-)
-
 SPARSE_FIELDS = frozenset(GROUPS["sparsity"].split()) - {"method"}
 """Fields that a dense run does not use."""
 
@@ -282,19 +275,21 @@ def _bad(name: str, expected: str, value: object) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """Of a field that takes some words only; none of any other."""
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives_of(hint: Any) -> tuple[Any, ...]:
+    """Types that a field may have."""
     is_union = typing.get_origin(hint) in (Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 
 
 def _has_type(value: object, hint: Any) -> bool:
-    if choices := _choices(hint):
+    if choices := choices_of(hint):
         return value in choices
-    kinds = _alternatives(hint)
+    kinds = alternatives_of(hint)
     if isinstance(value, bool):  # a subclass of int, which `epochs: yes` should not slip through
         return bool in kinds
     if isinstance(value, int) and float in kinds:
@@ -304,9 +299,9 @@ def _has_type(value: object, hint: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if choices := _choices(hint):
+    if choices := choices_of(hint):
         return "one of " + ", ".join(choices)
-    return " or ".join(names.get(kind, "none") for kind in _alternatives(hint))
+    return " or ".join(names.get(kind, "none") for kind in alternatives_of(hint))
 
 
 def parse_value(name: str, text: str) -> object:
@@ -314,7 +309,7 @@ def parse_value(name: str, text: str) -> object:
 
     The dataclass reports what does not fit, so that flags and YAML share one message.
     """
-    kinds = _alternatives(field_types()[name])
+    kinds = alternatives_of(field_types()[name])
     if type(None) in kinds and text.lower() == "none":
         return None
     if bool in kinds and text.lower() in ("true", "false", "yes", "no"):
@@ -326,78 +321,6 @@ def parse_value(name: str, text: str) -> object:
             except ValueError:
                 pass
     return text
-
-
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """The other ways to give settings: files and recipes by -c, and KEY=VALUE."""
-    parser.add_argument(
-        "-c",
-        "--config",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="YAML file with any of the settings below, or a recipe (granet recipes); may be repeated",
-    )
-    parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="The settings below in another form"
-    )
-
-
-def add_flags(parser: argparse.ArgumentParser, titles: Iterable[str] = GROUPS) -> None:
-    """Give `parser` one flag for each field of these groups; flags not given leave no trace."""
-    defaults = TrainConfig()
-    for title in titles:
-        names = GROUPS[title]
-        note = SPARSITY_NOTE if title == "sparsity" else None
-        group = parser.add_argument_group(title, note)
-        for name in names.split():
-            _add_flag(group, name, getattr(defaults, name))
-
-
-def _add_flag(group: Any, name: str, default: object) -> None:
-    hint = field_types()[name]
-    flags = [*(["-b"] if name == "batch_size" else []), "--" + name.replace("_", "-")]
-    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-    help_text = field_docs()[name].replace("%", "%%").rstrip(".")
-    if default is not None and default is not False:
-        help_text += f" (default: {'yes' if default is True else default})".replace("%", "%%")
-    if hint is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif choices := _choices(hint):
-        options["choices"] = choices
-    else:
-        options["type"] = functools.partial(parse_value, name)
-        options["metavar"] = "DIR" if name in ("data_dir", "output") else _metavar(hint)
-    group.add_argument(*flags, help=help_text, **options)
-
-
-def _metavar(hint: Any) -> str:
-    kinds = _alternatives(hint)
-    if int in kinds and str in kinds:
-        return "TIME"
-    return {int: "N", float: "X"}.get(kinds[0], "NAME")
-
-
-def flags_given(namespace: argparse.Namespace) -> dict[str, object]:
-    """The fields among the parsed flags: only what was given on the command line."""
-    return {name: value for name, value in vars(namespace).items() if name in field_types()}
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, object]:
-    """The fields in arguments of the form KEY=VALUE, keys with - or _.
-
-    Raises:
-        ValueError: an argument has another form, or its key is not a field.
-    """
-    fields: dict[str, object] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"settings: expected KEY=VALUE, got {setting!r}")
-        name = key.strip().replace("-", "_")
-        refuse_unknown([name], "settings")
-        fields[name] = parse_value(name, value.strip())
-    return fields
 
 
 def read_config_file(path: Path) -> dict[str, object]:

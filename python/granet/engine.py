@@ -8,9 +8,7 @@ optimizer state at zero whatever the optimizer is.
 
 from __future__ import annotations
 
-import functools
 import logging
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from granet.distributed import Replicas, unwrapped, unwrapped_optimizer
 from granet.followers import Follower
 from granet.growth import Growth
-from granet.placement import Layer, check_optimizer, layers_of
+from granet.mistakes import Pace, model_first
+from granet.placement import Layer, layers_of
 from granet.saved import check_equal, check_step, checked_engine, checked_masks
 from granet.schedules import UpdateClock
 from granet.settings import described
@@ -84,7 +83,7 @@ class Sparsifier(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__init__" in cls.__dict__:
-            cls.__init__ = _model_first(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = model_first(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -110,7 +109,6 @@ class Sparsifier(ABC):
             raise ValueError(f"init: expected 'masks' or 'from_zeros', got {init!r}")
         layers = layers_of(unwrapped(model))
         optimizer = unwrapped_optimizer(optimizer)
-        check_optimizer(optimizer, layers)
         self.growth = None if growth is None else Growth(growth)
         self.topology = Topology(layers, optimizer, torch.Generator().manual_seed(seed))
         self.total_steps = total_steps
@@ -125,10 +123,8 @@ class Sparsifier(ABC):
         self.frozen_at: int | None = None
         self._due: int | None = None
         self._updated = 0
-        self._stepped = False
+        self._pace = Pace()
         self._pruned: dict[str, Tensor] | None = None
-        self._calls_without_a_step = 0
-        self._steps_without_a_call = 0
         self._asked_for_dense_gradient = False
         self._hook: RemovableHandle | None = None
         if init == "from_zeros":
@@ -215,14 +211,12 @@ class Sparsifier(ABC):
             RuntimeError: it is time for an update, and the gradients are gone (nothing has changed);
                 or ranks have come to different masks.
         """
-        self._steps_without_a_call = 0
-        if not self._stepped:
-            self._wonder_at_no_step()
+        self._pace.call()
+        if not self._pace.has_stepped:
             return False
         if self._wants_gradients(self.steps + 1):
             self._check_gradients()
-        self._stepped = False
-        self._calls_without_a_step = 0
+        self._pace.has_stepped = False
         self.steps += 1
         due = self.steps if self._is_update(self.steps) else self._due
         if due is None or self._postpones(due):
@@ -320,7 +314,7 @@ class Sparsifier(ABC):
         self._updated = engine["updated"]
         if self.growth:
             self.growth.load_state_dict(engine["growth"], self.layers)
-        self._stepped = False
+        self._pace.has_stepped = False
         self._replicas.check(self.topology)
         self._catch_up()
         if self._hook is not None:
@@ -425,16 +419,6 @@ class Sparsifier(ABC):
                 "no layer has a gradient: call sparsifier.step() after backward(), before zero_grad()"
             )
 
-    def _wonder_at_no_step(self) -> None:
-        """A scaler may skip some steps in a row, but not so many."""
-        self._calls_without_a_step += 1
-        if self._calls_without_a_step == 100:
-            warnings.warn(
-                "sparsifier.step() was called 100 times in a row without a step of its optimizer: "
-                "is another optimizer being stepped?",
-                stacklevel=3,
-            )
-
     def _ask_for_dense_gradient(self) -> None:
         """A backward pass computes dense weight gradients only for the steps before an update."""
         wanted = self._wants_gradients(self.steps + 1)
@@ -449,35 +433,11 @@ class Sparsifier(ABC):
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """A step with infinite gradients, which a GradScaler marks on the optimizer, was none."""
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        self._stepped = found_inf is None or not bool(found_inf)
-        if not self._stepped:
+        self._pace.step(found_inf is None or not bool(found_inf))
+        if not self._pace.has_stepped:
             return
-        self._steps_without_a_call += 1
-        if self._steps_without_a_call == 100:
-            warnings.warn(
-                "the optimizer has taken 100 steps without a call of sparsifier.step(): masks change there "
-                "alone",
-                stacklevel=4,
-            )
         with torch.no_grad():
             if not isinstance(optimizer, MaskedSGD) or not self.topology.place.is_whole:
                 self.topology.settle()
             if self.growth and self._asked_for_dense_gradient:
                 self.growth.observe(self.layers, getattr(optimizer, "grad_scale", None))
-
-
-def _model_first(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that looks at model and optimizer before at schedules: there most mistakes are made."""
-
-    @functools.wraps(init)
-    def checked(
-        self: Sparsifier,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        check_optimizer(unwrapped_optimizer(optimizer), layers_of(unwrapped(model)))
-        init(self, model, optimizer, *args, **kwargs)
-
-    return checked

@@ -14,14 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from granet import recipes
-from granet.config import (
-    TrainConfig,
-    add_config_flags,
-    add_flags,
-    build_config,
-    flags_given,
-    parse_settings,
-)
+from granet.config import TrainConfig, build_config
+from granet.flags import add_config_flags, add_flags, flags_given, parse_settings
 from granet.report import show
 
 # What the data sets are, for plans made where their files are not: training images, classes, shape.

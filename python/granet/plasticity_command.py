@@ -6,13 +6,8 @@ import argparse
 import dataclasses
 
 from granet import recipes
-from granet.config import (
-    GROUPS,
-    TrainConfig,
-    add_flags,
-    build_config,
-    flags_given,
-)
+from granet.config import GROUPS, TrainConfig, build_config
+from granet.flags import add_flags, flags_given
 from granet.report import show
 from granet.telemetry import Table
 

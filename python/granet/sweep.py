@@ -15,14 +15,8 @@ from typing import Any
 
 from granet import recipes
 from granet.checkpoint import load_checkpoint
-from granet.config import (
-    TrainConfig,
-    add_config_flags,
-    add_flags,
-    build_config,
-    flags_given,
-    parse_settings,
-)
+from granet.config import TrainConfig, build_config
+from granet.flags import add_config_flags, add_flags, flags_given, parse_settings
 from granet.paper import figure
 from granet.report import read_run, show, spread
 from granet.stopping import Stopped

@@ -1,0 +1,97 @@
+"""The command line's ways to give a run's fields: a flag for each, KEY=VALUE, and files by -c."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from granet.config import (
+    GROUPS,
+    TrainConfig,
+    alternatives_of,
+    choices_of,
+    field_docs,
+    field_types,
+    parse_value,
+    refuse_unknown,
+)
+
+SPARSITY_NOTE = (
+    "A TIME is a number of steps, or a share of the run such as 50%. In brackets: what holds where "
+    "nothing is given; methods differ, and `granet methods NAME` says what one has. A dense run uses "
+    "none of these but --method."
+)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """The other ways to give settings: files and recipes by -c, and KEY=VALUE."""
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="YAML file with any of the settings below, or a recipe (granet recipes); may be repeated",
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="The settings below in another form"
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser, titles: Iterable[str] = GROUPS) -> None:
+    """Give `parser` one flag for each field of these groups; flags not given leave no trace."""
+    defaults = TrainConfig()
+    for title in titles:
+        names = GROUPS[title]
+        note = SPARSITY_NOTE if title == "sparsity" else None
+        group = parser.add_argument_group(title, note)
+        for name in names.split():
+            _add_flag(group, name, getattr(defaults, name))
+
+
+def _add_flag(group: Any, name: str, default: object) -> None:
+    hint = field_types()[name]
+    flags = [*(["-b"] if name == "batch_size" else []), "--" + name.replace("_", "-")]
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    help_text = field_docs()[name].replace("%", "%%").rstrip(".")
+    if default is not None and default is not False:
+        help_text += f" (default: {'yes' if default is True else default})".replace("%", "%%")
+    if hint is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif choices := choices_of(hint):
+        options["choices"] = choices
+    else:
+        options["type"] = functools.partial(parse_value, name)
+        options["metavar"] = "DIR" if name in ("data_dir", "output") else _metavar(hint)
+    group.add_argument(*flags, help=help_text, **options)
+
+
+def _metavar(hint: Any) -> str:
+    kinds = alternatives_of(hint)
+    if int in kinds and str in kinds:
+        return "TIME"
+    return {int: "N", float: "X"}.get(kinds[0], "NAME")
+
+
+def flags_given(namespace: argparse.Namespace) -> dict[str, object]:
+    """The fields among the parsed flags: only what was given on the command line."""
+    return {name: value for name, value in vars(namespace).items() if name in field_types()}
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, object]:
+    """The fields in arguments of the form KEY=VALUE, keys with - or _.
+
+    Raises:
+        ValueError: an argument has another form, or its key is not a field.
+    """
+    fields: dict[str, object] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"settings: expected KEY=VALUE, got {setting!r}")
+        name = key.strip().replace("-", "_")
+        refuse_unknown([name], "settings")
+        fields[name] = parse_value(name, value.strip())
+    return fields
