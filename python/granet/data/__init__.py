@@ -148,6 +148,6 @@ def _check_integer(name: str, value: object, least: int | None = None) -> None:
 def _directory(name: str, data_dir: str | Path | None) -> Path:
     if data_dir is None:
         raise ValueError(
-            f"data_dir: expected the directory that holds {name}, got None; granet train takes it as --data-dir DIR"
+            f"data_dir: expected the directory that holds {name}, got None (granet train --data-dir DIR)"
         )
     return Path(data_dir)
