@@ -107,7 +107,7 @@ $(VENV)/installed: $(VENV)/dependencies $(BUILD_INPUTS)
 
 # What the build needs beforehand: it compiles against the torch that is installed.
 $(VENV)/dependencies: constraints.txt
-	@echo "Set-up 1/2: creating $(VENV) and installing PyTorch (about 3 GB, some minutes the first time)"
+	@echo "Set-up 1/2: creating $(VENV) and installing PyTorch (.venv takes 6.4 GB in the end; some minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \

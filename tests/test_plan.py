@@ -110,3 +110,8 @@ def test_what_cannot_be_is_said(
         main(line.split())
     assert message in capsys.readouterr().err
     assert planning.FACTS
+
+
+def test_what_redistribution_moves_is_not_foretold(tmp_path: Path) -> None:
+    plan = make_plan(tiny_config(tmp_path, method="rigl", redistribution="magnitude"))
+    assert {layer.active_at_end for layer in plan.layers} == {None}

@@ -101,8 +101,7 @@ class AtStart(Sparsifier):
             raise RuntimeError(f"{type(self).__name__}: call start() before the first step")
         return super().step()
 
-    @property
-    def sparsity(self) -> float:
+    def sparsity_at(self, step: int) -> float:
         return self._sparsity if self._started else 0.0
 
     @property

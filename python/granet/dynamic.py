@@ -111,12 +111,9 @@ class DynamicSparsifier(Sparsifier):
             self._prune_to(plan.sparsity)
         self.begin()
 
-    @property
-    def sparsity(self) -> float:
-        ramp, frozen = self.plan.ramp, self.frozen_at
-        if ramp is None:
-            return self.plan.sparsity
-        return ramp(self.steps if frozen is None else min(self.steps, frozen))
+    def sparsity_at(self, step: int) -> float:
+        ramp = self.plan.ramp
+        return self.plan.sparsity if ramp is None else ramp(self._until_frozen(step))
 
     @property
     def target_active(self) -> int:
@@ -125,9 +122,11 @@ class DynamicSparsifier(Sparsifier):
 
     @property
     def is_final(self) -> bool:
-        ramp, frozen = self.plan.ramp, self.frozen_at
-        reached = self.steps if frozen is None else min(self.steps, frozen)
-        return super().is_final and (ramp is None or reached >= ramp.end)
+        ramp = self.plan.ramp
+        return super().is_final and (ramp is None or self._until_frozen(self.steps) >= ramp.end)
+
+    def _until_frozen(self, step: int) -> int:
+        return step if self.frozen_at is None else min(step, self.frozen_at)
 
     def update(self, step: int) -> None:
         """Prune to the ramp, also for updates that were postponed and never made up for; then exchange."""

@@ -168,9 +168,13 @@ class Sparsifier(ABC):
         return self.topology.layers
 
     @property
-    @abstractmethod
     def sparsity(self) -> float:
         """The sparsity that the schedule has reached."""
+        return self.sparsity_at(self.steps)
+
+    @abstractmethod
+    def sparsity_at(self, step: int) -> float:
+        """The sparsity that the schedule has after a step."""
 
     @property
     def is_final(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from granet import recipes
 from granet.config import TrainConfig, build_config
+from granet.distributions import active_budget
 from granet.flags import add_config_flags, add_flags, flags_given, parse_settings
 from granet.report import show
 
@@ -37,7 +38,7 @@ class LayerPlan:
     weights: int
     active_at_start: int
     active_at_end: int | None
-    """None where magnitudes will decide."""
+    """None where training will decide: magnitudes, or redistribution."""
     dense_flops: int
     mask_bytes: int
 
@@ -84,12 +85,13 @@ def make_plan(config: TrainConfig) -> Plan:
     assert sparsifier is not None
     active = sparsifier.active_counts()
     final: Sequence[int | None] = [None] * len(active)
-    if isinstance(sparsifier, DynamicSparsifier):
-        if sparsifier.plan.scope == "layer" and sparsifier.plan.ramp is not None:
+    # Where updates move weights between layers, no one knows beforehand.
+    if isinstance(sparsifier, DynamicSparsifier) and config.redistribution in (None, "none"):
+        if sparsifier.plan.ramp is None:
+            final = active
+        elif sparsifier.plan.scope == "layer":
             counts = sparsifier.counts.after_prune(sparsifier.plan.sparsity, active)
             final = counts if isinstance(counts, list) else final
-        elif sparsifier.plan.ramp is None:
-            final = active
     flops = measure(model, shape)
     updates = [step for step in range(total_steps + 1) if sparsifier.clock.is_update(step)]
     states = {"sgd": config.momentum > 0, "adamw": 2}[config.opt]
@@ -112,20 +114,11 @@ def make_plan(config: TrainConfig) -> Plan:
         ),
         total_steps=total_steps,
         updates=tuple(updates),
-        sparsities=tuple(_sparsity_at(sparsifier, step) for step in updates),
-        target_active=sparsifier.numel - round(sparsifier.numel * config.sparsity),
+        sparsities=tuple(map(sparsifier.sparsity_at, updates)),
+        target_active=active_budget(config.sparsity, sparsifier.numel),
         optimizer_bytes=4 * parameters * int(states),
         model_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
-
-
-def _sparsity_at(sparsifier: object, step: int) -> float:
-    """The schedule's, at a step that has not come yet."""
-    before = sparsifier.steps  # type: ignore[attr-defined]
-    sparsifier.steps = step  # type: ignore[attr-defined]
-    sparsity: float = sparsifier.sparsity  # type: ignore[attr-defined]
-    sparsifier.steps = before  # type: ignore[attr-defined]
-    return sparsity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

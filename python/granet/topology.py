@@ -183,30 +183,13 @@ class Topology:
         if not layers:
             return
         parts = self.place.parts(layers.values())
-        masks = [part.mask for part in parts]
-        before = [mask.clone() for mask in masks]
+        ranked = [
+            _laid_out(scores[name], part.weight) for name, part in zip(layers, parts, strict=True)
+        ]
         if how.is_fused and self.place.is_whole:
-            weights = [part.weight for part in parts]
-            momenta = self._fused_momenta(parts)
-            ranked = [scores[name] for name in layers]
-            drop_regrow_(weights, masks, ranked, fraction, momenta=momenta)
-            self._zero_states(parts, masks, but=momenta)
-            new = masks
-            grown = [mask & ~old for mask, old in zip(masks, before, strict=True)]
+            new, grown = self._exchange_at_once(fraction, parts, ranked)
         else:
-            dropped = [math.ceil(fraction * count) for count in self.place.counts_of(masks)]
-            kept = DROP[how.drop](self.place, parts, dropped, self.generator)
-            counts = self._growth(parts, kept, how, floor)
-            ranked = [
-                _laid_out(scores[name], part.weight)
-                for name, part in zip(layers, parts, strict=True)
-            ]
-            new = self.place.grow(ranked, kept, counts)
-            base = kept if how.regrown == "zero" else before
-            grown = [mask & ~old for mask, old in zip(new, base, strict=True)]
-            filled = [mask & ~fresh for mask, fresh in zip(new, grown, strict=True)]
-            zero_inactive_([part.weight for part in parts], filled)
-            self._zero_states(parts, filled)
+            new, grown = self._exchange_apart(fraction, parts, ranked, how, floor)
             self.place.publish(layers.values(), new)
         self._start(parts, new, grown, how.regrown)
 
@@ -228,6 +211,37 @@ class Topology:
         return None
 
     # Parts of an exchange
+
+    def _exchange_at_once(
+        self, fraction: float, parts: Sequence[Part], ranked: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """By the operator that drops and regrows: the new masks, and what is new in them."""
+        masks = [part.mask for part in parts]
+        before = [mask.clone() for mask in masks]
+        momenta = self._fused_momenta(parts)
+        drop_regrow_([part.weight for part in parts], masks, ranked, fraction, momenta=momenta)
+        self._zero_states(parts, masks, but=momenta)
+        return masks, [mask & ~old for mask, old in zip(masks, before, strict=True)]
+
+    def _exchange_apart(
+        self,
+        fraction: float,
+        parts: Sequence[Part],
+        ranked: Sequence[Tensor],
+        how: Exchange,
+        floor: int,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One step after another: masks to take, and what starts anew in them, which is zero already."""
+        masks = [part.mask for part in parts]
+        dropped = [math.ceil(fraction * count) for count in self.place.counts_of(masks)]
+        kept = DROP[how.drop](self.place, parts, dropped, self.generator)
+        new = self.place.grow(ranked, kept, self._growth(parts, kept, how, floor))
+        base = kept if how.regrown == "zero" else masks
+        grown = [mask & ~old for mask, old in zip(new, base, strict=True)]
+        filled = [mask & ~fresh for mask, fresh in zip(new, grown, strict=True)]
+        zero_inactive_([part.weight for part in parts], filled)
+        self._zero_states(parts, filled)
+        return new, grown
 
     def _growth(
         self, parts: Sequence[Part], kept: Sequence[Tensor], how: Exchange, floor: int

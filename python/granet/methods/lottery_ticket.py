@@ -22,8 +22,7 @@ class LotteryTicket(Sparsifier):
     A run is ``rounds + 1`` trainings of :attr:`round_steps` each. At the end of each but the last
     the smallest magnitudes are pruned, so that every round leaves the same share of the weights
     before it, and the network returns to what it was early in the first training; the optimizer
-    forgets. A learning rate schedule must start over with every round: give it
-    ``steps % round_steps``.
+    forgets. A learning rate schedule must start over with every round: give it :meth:`step_of_round`.
 
     Args: as in :class:`granet.GraNet`, and:
 
@@ -87,9 +86,8 @@ class LotteryTicket(Sparsifier):
                 self._replicas.send(list(self._early.values()))
         self.begin()
 
-    @property
-    def sparsity(self) -> float:
-        return self._after(min(self.steps // self.round_steps, self.rounds))
+    def sparsity_at(self, step: int) -> float:
+        return self._after(min(step // self.round_steps, self.rounds))
 
     @property
     def target_active(self) -> int:
