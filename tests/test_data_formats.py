@@ -3,14 +3,17 @@
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from granet.data.cifar import CIFAR10_CLASSES
 from granet.data.idx import read_idx
 from tests.data_files import (
     WRITERS,
@@ -156,6 +159,52 @@ def test_cifar_binary_files(
     match = f"expected a positive multiple of {record} bytes, got {10 * record - 1}"
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}: {match}"):
         open_cpu(name, tmp_path)
+
+
+def write_cifar10_images(folder: Path) -> np.ndarray:
+    """Two images a class in each split; the test images (20, 32, 32, 3), class by class."""
+    data = pixels(20, 32, 32, 3)
+    for split in ("train", "test"):
+        for index, image in enumerate(data):
+            path = folder / split / CIFAR10_CLASSES[index // 2] / f"{index:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return data
+
+
+def test_cifar_image_files(tmp_path: Path) -> None:
+    data = write_cifar10_images(tmp_path)
+    source = open_cpu("cifar10", tmp_path)
+    images, labels = (torch.cat(part) for part in zip(*source.test_batches(), strict=True))
+    assert [int(label) for label in labels] == [index // 2 for index in range(20)]
+    assert correlation(images[:, 2], data[..., 2]) == 1
+    assert source.class_names == CIFAR10_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "match"),
+    [
+        (lambda path: path.write_bytes(b"text"), ValueError, "expected a readable image"),
+        (
+            lambda path: Image.new("RGB", (28, 32)).save(path),
+            ValueError,
+            "expected 32x32 pixels, got 28x32",
+        ),
+        (
+            lambda path: shutil.rmtree(path.parent),
+            FileNotFoundError,
+            "expected images .* in .*truck, found none",
+        ),
+    ],
+    ids=["no image", "size", "missing class"],
+)
+def test_damaged_cifar_image_files(
+    tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], match: str
+) -> None:
+    write_cifar10_images(tmp_path)
+    damage(tmp_path / "test" / "truck" / "18.png")
+    with pytest.raises(error, match=match):
+        open_cpu("cifar10", tmp_path)
 
 
 class Malicious:

@@ -16,7 +16,10 @@ def parameters(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("name", "in_channels", "size", "expected"),
     [
+        # LeCun et al. (1998): 784 * 300 + 300 * 100 + 100 * 10 weights, and 410 biases.
+        ("lenet_300_100", 1, 28, 266_610),
         ("resnet_tiny", 1, 8, 75_002),
+        ("resnet_tiny_s2", 3, 32, 75_290),
         # He et al. (2016), table 6: 0.27 M and 0.46 M.
         ("resnet20", 3, 32, 269_722),
         ("resnet32", 3, 32, 464_154),
@@ -105,7 +108,7 @@ def test_googlenet_returns_plain_logits_in_training() -> None:
         ("resnet_tinny", {}, "got 'resnet_tinny'; close matches: resnet_tiny"),
         ("resnet19", {}, "close matches: .*resnet18"),
         ("fcn_resnet50", {}, "expected one of our models or of torchvision's classifiers"),
-        ("qqqq", {}, "got 'qqqq'; ours: resnet_tiny, resnet20"),
+        ("qqqq", {}, "got 'qqqq'; ours: lenet_300_100, resnet_tiny"),
         (
             "resnet18",
             {"in_channels": 1},

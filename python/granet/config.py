@@ -49,8 +49,8 @@ class TrainConfig:
     """Processes that load imagefolder's images; 0 loads them in this one."""
 
     model: str = "resnet_tiny"
-    """resnet_tiny, resnet20, resnet32, wrn16_8, wrn28_10, vgg19_cifar, resnet18_cifar, resnet50_cifar, or a
-    model of torchvision, or timm/NAME."""
+    """lenet_300_100, resnet_tiny, resnet_tiny_s2, resnet20, resnet32, wrn16_8, wrn28_10, vgg19_cifar,
+    resnet18_cifar, resnet50_cifar, or a model of torchvision, or timm/NAME."""
     channels_last: bool = False
     """Keep images and weights in channels-last memory format."""
     torchcompile: bool = False

@@ -23,13 +23,20 @@ class CifarResNet(nn.Module):
         num_classes: number of logits.
         in_channels: channels of the image.
         width: channels of the stem and the first stage.
+        stride: of the stem; 2 leaves all stages a quarter of the work.
     """
 
     def __init__(
-        self, blocks: Sequence[int], *, num_classes: int, in_channels: int, width: int = 16
+        self,
+        blocks: Sequence[int],
+        *,
+        num_classes: int,
+        in_channels: int,
+        width: int = 16,
+        stride: int = 1,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         stages: list[nn.Module] = []
@@ -73,9 +80,9 @@ class _BasicBlock(nn.Module):
         return output
 
 
-def _cifar_resnet(*blocks: int) -> Callable[[int, int], nn.Module]:
+def _cifar_resnet(*blocks: int, stride: int = 1) -> Callable[[int, int], nn.Module]:
     return lambda num_classes, in_channels: CifarResNet(
-        blocks, num_classes=num_classes, in_channels=in_channels
+        blocks, num_classes=num_classes, in_channels=in_channels, stride=stride
     )
 
 
@@ -179,8 +186,26 @@ def _small_image_stem(name: str) -> Callable[[int, int], nn.Module]:
     return build
 
 
+def _lenet(num_classes: int, in_channels: int) -> nn.Module:
+    """LeNet-300-100 of LeCun et al. (1998), section III.C.2, with ReLUs: three linear layers, for
+    images of 28x28, the network with which pruning papers begin.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(in_channels * 28 * 28, 300),
+            relu1=nn.ReLU(),
+            fc2=nn.Linear(300, 100),
+            relu2=nn.ReLU(),
+            fc3=nn.Linear(100, num_classes),
+        )
+    )
+
+
 _MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "lenet_300_100": _lenet,
     "resnet_tiny": _cifar_resnet(1, 1, 1),
+    "resnet_tiny_s2": _cifar_resnet(1, 1, 1, stride=2),
     "resnet20": _cifar_resnet(3, 3, 3),
     "resnet32": _cifar_resnet(5, 5, 5),
     "wrn16_8": _wide_resnet(16, 8),
@@ -202,7 +227,8 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Mod
     """A network with fresh weights, drawn from PyTorch's global generator.
 
     Args:
-        name: "resnet_tiny" (three blocks, 75 thousand weights, for images of 8x8 and more),
+        name: "lenet_300_100" (for images of 28x28), "resnet_tiny" (three blocks, 75 thousand
+            weights, for images of 8x8 and more), "resnet_tiny_s2" (the same, stem of stride 2),
             "resnet20", "resnet32" (He et al., 2016, for 32x32), "wrn16_8", "wrn28_10" (wide ones),
             "vgg19_cifar", "resnet18_cifar", "resnet50_cifar" (torchvision's for small images), a
             classifier of torchvision.models, or "timm/NAME".

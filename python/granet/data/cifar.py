@@ -1,5 +1,5 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from the published archives, python or binary version,
-unpacked."""
+unpacked, or from folders of image files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .augment import Augmentation
+from .cifar_images import SPLITS, has_image_folders, read_split
 from .cifar_pickle import IMAGE_BYTES, read_cifar_pickle
 from .files import check_labels, locate_files
 from .in_memory import ImageSet
@@ -66,7 +67,8 @@ _CIFAR100 = _Variant(
 
 
 def read_cifar10(data_dir: Path) -> ImageSet:
-    """CIFAR-10 from `data_dir` or the folder in it that the archive unpacks to.
+    """CIFAR-10 from `data_dir` or the folder in it that the archive unpacks to; or from image files
+    in `train/airplane/`, `test/airplane/` and so on.
 
     Raises:
         FileNotFoundError: a file is missing; the message lists all that were looked for.
@@ -82,23 +84,34 @@ def read_cifar100(data_dir: Path) -> ImageSet:
 
 
 def _read(data_dir: Path, variant: _Variant) -> ImageSet:
-    names = (*variant.train_files, variant.test_file)
-    python_folder, binary_folder = variant.folders
-    paths = locate_files(
-        data_dir,
-        [
-            [f"{folder}{name}{suffix}" for name in names]
-            for suffix, unpacked in (("", python_folder), (".bin", binary_folder))
-            for folder in ("", f"{unpacked}/")
-        ],
-    )
-    batches = [_read_batch(path, variant) for path in paths]
+    if has_image_folders(data_dir):
+        batches = [read_split(data_dir / split, variant.class_names) for split in SPLITS]
+    else:
+        batches = [_read_batch(path, variant) for path in _archive_files(data_dir, variant)]
     return ImageSet(
         images=torch.cat([images for images, _ in batches]),
         labels=torch.cat([labels for _, labels in batches]),
         train_count=sum(len(labels) for _, labels in batches[:-1]),
         class_names=variant.class_names,
         augmentation=Augmentation(shift=4, flip=True),
+    )
+
+
+def _archive_files(data_dir: Path, variant: _Variant) -> list[Path]:
+    """The training files, then the test file.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    names = (*variant.train_files, variant.test_file)
+    python_folder, binary_folder = variant.folders
+    return locate_files(
+        data_dir,
+        [
+            [f"{folder}{name}{suffix}" for name in names]
+            for suffix, unpacked in (("", python_folder), (".bin", binary_folder))
+            for folder in ("", f"{unpacked}/")
+        ],
     )
 
 
