@@ -6,34 +6,41 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from granet.at_start import AtStart
 from granet.config import ARGUMENTS, TrainConfig, method_parameters
-from granet.data import DataSource, load_data
+from granet.data import DataSource, Share, load_data
 from granet.distributions import DISTRIBUTIONS, Explicit, ScaledErk
 from granet.engine import Sparsifier
 from granet.methods import METHODS, LotteryTicket
 from granet.models import create_model
+from granet.processes import Processes
 from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, sparsify
 
 INITIAL_SPARSITY = 0.5
 """Of GraNet, where no other is given: the paper's sparse-to-sparse setting."""
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, processes: Processes = Processes()) -> torch.device:  # noqa: B008
     """The device called `name`; `auto` is CUDA where there is one.
 
+    Of several processes on a machine, each has the GPU of its own number.
+
     Raises:
-        ValueError: PyTorch knows no such device, or it is not present.
+        ValueError: PyTorch knows no such device, or it is not present, or several processes would
+            share one.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.count > 1:
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,6 +51,10 @@ def choose_device(name: str) -> torch.device:
         present = torch.cuda.device_count()
         raise ValueError(
             f"device: expected one of the {present} CUDA devices present, got {name!r}"
+        )
+    if device.type == "cuda" and processes.count > 1 and device.index != processes.local_rank:
+        raise ValueError(
+            f"device: expected auto, cpu or cuda for {processes.count} processes, got {name!r}"
         )
     return device
 
@@ -57,8 +68,12 @@ def seed_everything(config: TrainConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def build_source(config: TrainConfig, device: torch.device) -> DataSource:
-    """Open the data set."""
+def build_source(
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes = Processes(),  # noqa: B008 - it cannot change
+) -> DataSource:
+    """Open the data set, of which each process sees its part."""
     return load_data(
         config.dataset,
         data_dir=config.data_dir,
@@ -68,6 +83,7 @@ def build_source(config: TrainConfig, device: torch.device) -> DataSource:
         val_split=config.val_split,
         workers=config.workers,
         image_size=config.image_size,
+        share=Share(processes.rank, processes.count),
     )
 
 
@@ -199,6 +215,38 @@ def _in_flags(message: str) -> str:
         if flag != "erk_power":
             message = message.replace(argument, flag)
     return message
+
+
+def build_average(
+    config: TrainConfig, model: nn.Module, sparsifier: Sparsifier | None
+) -> AveragedModel | None:
+    """The average of the weights over the steps, which has the model's masks; None unless asked for.
+
+    What is no parameter, such as batch norm's statistics, it has from the model, as it is.
+    """
+    if not config.model_ema:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.model_ema_decay))
+    if sparsifier is not None:
+        sparsifier.follow(average)
+    return average
+
+
+def build_mix(
+    config: TrainConfig, num_classes: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup (Zhang et al., 2018) of each training batch, by torchvision; None unless asked for.
+
+    Its random numbers are those of PyTorch's generator of the CPU, which is in the checkpoints.
+    """
+    if not config.mixup:
+        return None
+    from torchvision.transforms import v2  # slow to import
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.MixUp(
+        alpha=config.mixup, num_classes=num_classes
+    )
+    return mix
 
 
 def lr_factor(

@@ -8,7 +8,9 @@ it) with these entries:
     progress          epoch, batch and step at which the run stands, running sums, best accuracy
     model             state_dict, bit masks included
     optimizer, scheduler, scaler, sparsifier, topology, flops   state_dicts; None where there is no such
-    rng               {"cpu": state, "cuda": [state of each device]}
+    average           state_dict of the averaged network, if there is one; it is what is validated then
+    rng               {"cpu": state, "cuda": [state of each device]} of the first process
+    other_rngs        the same of the others, if there are any
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ FORMAT = "granet-checkpoint"
 VERSION = 2
 STATES = ("model", "optimizer", "scheduler", "scaler", "sparsifier", "topology", "flops")
 ENTRIES = frozenset(("config", "progress", "rng", *STATES))
+OPTIONAL: dict[str, Any] = {"average": None, "other_rngs": []}
+"""Entries that a run of one process without an average can do without."""
 
 
 class CheckpointError(ValueError):
@@ -57,6 +61,16 @@ class Checkpoint:
     """The run it belongs to."""
     entries: dict[str, Any]
     """The entries listed at the top of this module; tensors on the CPU."""
+
+    @property
+    def network(self) -> dict[str, Tensor]:
+        """state_dict of what the run makes: the averaged network, or else the one it trains."""
+        average: dict[str, Tensor] | None = self.entries["average"]
+        if average is None:
+            model: dict[str, Tensor] = self.entries["model"]
+            return model
+        prefix = "module."  # of torch's AveragedModel, which has a counter besides
+        return {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}
 
 
 def save_checkpoint(path: Path, entries: Mapping[str, Any]) -> None:
@@ -115,7 +129,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION}, got {found!r}")
     if missing := ENTRIES - content.keys():
         raise CheckpointError(f"{path}: expected entries {sorted(missing)}, found none of them")
-    return Checkpoint(path=path, config=_saved_config(path, content["config"]), entries=content)
+    config = _saved_config(path, content["config"])
+    return Checkpoint(path=path, config=config, entries=OPTIONAL | content)
 
 
 def _check_archive(path: Path) -> None:
@@ -153,8 +168,8 @@ def restore(
     """Put a checkpoint's state into a run built from `config`; all of it, or none.
 
     `parts` are the entries besides model and optimizer (`scheduler`, `scaler`, `sparsifier`,
-    `topology`, `flops`); None where the run has no such part. Random number generators are left alone: see
-    `set_rng_state`.
+    `topology`, `flops`, `average`); None where the run has no such part. Random number generators are
+    left alone: see `set_rng_state`.
 
     Raises:
         CheckpointError: it belongs to a run with other settings, another architecture, masks of

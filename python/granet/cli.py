@@ -12,7 +12,7 @@ import difflib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from granet import (
@@ -191,17 +191,20 @@ def _add_invocation_flags(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from granet import train  # needs the train extra, which `granet check` does without
 
-    with _user_errors("train"):
-        config, checkpoint = settings(args)
-        with train.backend_of(config):
-            trainer = train.Trainer(config, resume=checkpoint, stop_after=args.stop_after)
-    # Outside: an error in the middle of training is not the user's, and deserves its traceback.
-    try:
-        with train.backend_of(config):
+    with ExitStack() as surroundings:
+        with _user_errors("train"):
+            config, checkpoint = settings(args)
+            processes = surroundings.enter_context(train.surroundings(config))
+            trainer = train.Trainer(
+                config, processes, resume=checkpoint, stop_after=args.stop_after
+            )
+        # Outside: an error in the middle of training is not the user's, and deserves its traceback.
+        try:
             trainer.run()
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return 0 if stop.signal_number is None else 128 + stop.signal_number
+        except Stopped as stop:
+            if processes.is_first:
+                print(stop, file=sys.stderr)
+            return 0 if stop.signal_number is None else 128 + stop.signal_number
     return 0
 
 

@@ -57,7 +57,7 @@ class TrainConfig:
     """Compile the model with torch.compile."""
 
     batch_size: int = 64
-    """Images in one forward pass."""
+    """Images in one forward pass of a process."""
     grad_accum_steps: int = 1
     """Batches whose gradients are added up for one optimizer step."""
     epochs: int = 30
@@ -80,6 +80,12 @@ class TrainConfig:
     """Label smoothing of the training loss."""
     clip_grad: float | None = None
     """Largest gradient norm (over active weights); larger gradients are scaled down."""
+    mixup: float = 0.0
+    """Alpha of mixup, which trains on blends of two images; 0 is without."""
+    model_ema: bool = False
+    """Validate, test and keep the average of the weights over the steps, not the last weights."""
+    model_ema_decay: float = 0.9998
+    """Share of the average that a step leaves as it was."""
     amp: bool = False
     """Automatic mixed precision; float16 scales the loss to keep small gradients."""
     amp_dtype: Literal["float16", "bfloat16"] = "float16"
@@ -158,7 +164,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")
         for name in ("sparsity", "smoothing", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        for name in ("weight_decay", "warmup_epochs"):
+        self._require("model_ema_decay", 0 < self.model_ema_decay < 1, "a number in (0, 1)")
+        for name in ("weight_decay", "warmup_epochs", "mixup"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
         self._require("lr", 0 < self.lr < math.inf, "a number above 0")
         self._require("val_split", 0 < self.val_split < 1, "a number in (0, 1)")
@@ -203,7 +210,7 @@ GROUPS: dict[str, str] = {
     "data": "dataset data_dir val_split image_size workers",
     "model": "model channels_last torchcompile",
     "optimization": """batch_size grad_accum_steps epochs opt lr momentum nesterov weight_decay
-        sched warmup_epochs smoothing clip_grad amp amp_dtype""",
+        sched warmup_epochs smoothing clip_grad mixup model_ema model_ema_decay amp amp_dtype""",
     "sparsity": """method sparsity init_sparsity update_freq prune_start prune_end ramp distribution
         erk_power scope floor drop_fraction drop_schedule drop grow redistribution regrown update_until
         prune_at rounds rewind_to score_batches official_rounding""",

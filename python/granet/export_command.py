@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(path)
     source = build.build_source(checkpoint.config, build.choose_device("cpu"))
     model = build.build_model(checkpoint.config, source, build.choose_device("cpu"))
-    check_model_state(path, model, checkpoint.entries["model"])
-    model.load_state_dict(checkpoint.entries["model"])
+    check_model_state(path, model, checkpoint.network)
+    model.load_state_dict(checkpoint.network)
     folder = args.output or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{path}: {path.stat().st_size:,} bytes, optimizer and masks included")

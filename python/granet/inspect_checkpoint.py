@@ -76,6 +76,16 @@ def _findings(prefix: str, state: Mapping[str, Tensor]) -> LayerFindings:
 
 def problems_of(checkpoint: Checkpoint, layers: Sequence[LayerFindings]) -> list[str]:
     """What is not as it should be, a sentence each."""
+    found = _layer_problems(layers)
+    if checkpoint.entries["average"] is not None:
+        averaged = _layer_problems(layers_in(checkpoint.network))
+        found += [f"average of the weights: {problem}" for problem in averaged]
+    found += _stale_states(checkpoint, layers)
+    found += _sparsifier_problems(checkpoint, layers)
+    return found
+
+
+def _layer_problems(layers: Sequence[LayerFindings]) -> list[str]:
     found = []
     for layer in layers:
         name = layer.layer or "the model"
@@ -92,8 +102,6 @@ def problems_of(checkpoint: Checkpoint, layers: Sequence[LayerFindings]) -> list
             found.append(
                 f"{name}: {layer.dead_channels:,} of {channels:,} output channels are dead"
             )
-    found += _stale_states(checkpoint, layers)
-    found += _sparsifier_problems(checkpoint, layers)
     return found
 
 

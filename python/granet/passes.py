@@ -9,73 +9,113 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from granet import build
 from granet.config import TrainConfig
+from granet.processes import Processes
 from granet.progress import RunningMetrics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images and labels on the model's device."""
 Seen = Callable[[Tensor, Tensor, Tensor], object]
 """Called with the loss, outputs and labels of every batch."""
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Makes of images and labels the images and class probabilities to train on."""
 
 
 class Passes:
-    """A network, its optimizer, and the passes between them.
+    """A network and the passes through it, in one process or as a part of several.
 
-    Attributes:
-        forward: the network, compiled where the configuration says so.
+    Args:
+        config: the run.
+        model: the network that is trained.
+        device: where it is.
+        processes: those that train it together: each backward pass averages their gradients.
+        average: the network to evaluate, if it is another.
+        mix: applied to every training batch.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
         device: torch.device,
+        *,
+        processes: Processes = Processes(),  # noqa: B008 - it cannot change
+        average: nn.Module | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self._config = config
         self._model = model
-        self._optimizer = optimizer
-        self._scaler = scaler
         self._device = device
-        self.forward: Callable[[Tensor], Tensor] = (
-            torch.compile(model) if config.torchcompile else model
+        self._processes = processes
+        self._mix = mix
+        self._evaluated = model if average is None else average
+        trained: nn.Module = model
+        if processes.count > 1:
+            trained = DistributedDataParallel(
+                model, device_ids=[device] if device.type == "cuda" else None
+            )
+        self.forward = self._compiled(trained)
+        # Not through DDP, which would wait for processes that have no batch left.
+        self._forward_only = (
+            self.forward if self._evaluated is trained else self._compiled(self._evaluated)
         )
 
-    def step(self, batches: Batches, seen: Seen) -> bool:
+    def step(
+        self,
+        batches: Batches,
+        seen: Seen,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> bool:
         """An optimizer step from ``grad_accum_steps`` batches; gradients stay until they are zeroed.
 
         Returns:
             Whether there was one: float16's scaler skips those with infinite gradients.
         """
         config = self._config
-        for images, labels in batches:
-            with self._autocast():
-                outputs = self.forward(self._laid_out(images))
-                loss = F.cross_entropy(outputs, labels, label_smoothing=config.smoothing)
-            self._scaler.scale(loss / config.grad_accum_steps).backward()
+        for number, (images, labels) in enumerate(batches, start=1):
+            with self._sent_with_the_last(number == config.grad_accum_steps):
+                inputs, targets = (
+                    (images, labels) if self._mix is None else self._mix(images, labels)
+                )
+                with self._autocast():
+                    outputs = self.forward(self._laid_out(inputs))
+                    loss = F.cross_entropy(outputs, targets, label_smoothing=config.smoothing)
+                scaler.scale(loss / config.grad_accum_steps).backward()
             seen(loss, outputs, labels)
         if config.clip_grad is not None:
-            self._scaler.unscale_(self._optimizer)
+            scaler.unscale_(optimizer)
             build.clip_gradients(self._model, config.clip_grad)
-        return build.step_optimizer(self._scaler, self._optimizer)
+        return build.step_optimizer(scaler, optimizer)
 
     def evaluate(
         self, batches: Batches, after_batch: Callable[[], object] = lambda: None
     ) -> tuple[float, float]:
-        """Mean cross-entropy, and accuracy in percent, in evaluation mode."""
+        """Mean cross-entropy, and accuracy in percent, in evaluation mode, over all processes."""
         metrics = RunningMetrics(self._device)
-        self._model.eval()
+        self._evaluated.eval()
+        self._processes.share_buffers(self._evaluated)
         with torch.no_grad():
             for images, labels in batches:
                 with self._autocast():
-                    outputs = self.forward(self._laid_out(images))
+                    outputs = self._forward_only(self._laid_out(images))
                     loss = F.cross_entropy(outputs, labels)
                 metrics.add(loss, outputs, labels)
                 after_batch()
+        self._processes.add(metrics.sums)
         return metrics.means()
+
+    def _compiled(self, network: nn.Module) -> Callable[..., Any]:
+        return torch.compile(network) if self._config.torchcompile else network
+
+    def _sent_with_the_last(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Of gradients that add up, processes send each other the sums only."""
+        if self._processes.count == 1 or is_last:
+            return nullcontext()
+        return self.forward.no_sync()  # type: ignore[attr-defined, no-any-return]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self._config.amp:

@@ -148,8 +148,9 @@ class Network:
         self.batches = build.usable_batches(config, self.source.steps_per_epoch)
         self.model = sparsify(build.build_model(config, self.source, self.device))
         self.optimizer = build.build_optimizer(config, self.model)
-        scaler = build.build_scaler(config, self.device)
-        self.passes = Passes(config, self.model, self.optimizer, scaler, self.device)
+        self.scaler = build.build_scaler(config, self.device)
+        mix = build.build_mix(config, self.source.num_classes)
+        self.passes = Passes(config, self.model, self.device, mix=mix)
         steps = self.batches // config.grad_accum_steps
         scheduler = build.build_scheduler(config, self.optimizer, config.epochs * steps)
         self._factor = scheduler.lr_lambdas[0]
@@ -172,7 +173,7 @@ class Network:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr(self.first_step(epoch) + step) if lr is None else lr
             group_of = itertools.islice(batches, self.config.grad_accum_steps)
-            self.passes.step(group_of, lambda *_: None)
+            self.passes.step(group_of, lambda *_: None, self.optimizer, self.scaler)
             self.optimizer.zero_grad()
 
     def accuracy(self) -> float:

@@ -117,7 +117,7 @@ def read_run(directory: Path) -> RunResult:
     summary = read_summary(directory / SUMMARY) if has_summary else None
     path = directory / (LAST if summary is None else summary.checkpoint)
     checkpoint = load_checkpoint(path)
-    counted = count_weights(checkpoint.entries["model"], str(path))
+    counted = count_weights(checkpoint.network, str(path))
     if summary is not None and counted.active != summary.active_weights:
         raise ValueError(
             f"{path}: expected {summary.active_weights:,} active weights as in {SUMMARY}, counted "

@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from granet import build
 from granet.checkpoint import (
@@ -21,25 +22,22 @@ from granet.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from granet.config import TrainConfig, resume_conflicts, write_config_file
+from granet.config import TrainConfig, resume_conflicts
+from granet.data import derive_seed
 from granet.flops import TrainingFlops, inference_flops, measure
-from granet.monitor import LayerChange, Scalars, TopologyMonitor
+from granet.monitor import TopologyMonitor
 from granet.passes import Passes
+from granet.processes import Processes, joined
 from granet.progress import Progress, RunningMetrics
+from granet.record import NoRecord, Record, RunRecord
 from granet.stopping import Stopped, StopSignals
 from granet.telemetry import (
-    ARGS,
     BEST,
     LAST,
-    METRICS,
     SUMMARY,
-    TOPOLOGY,
     EpochMetrics,
-    Events,
     Summary,
-    Table,
     create_run_directory,
-    make_display,
     write_summary,
 )
 from granet_kernels import count_active, masked_layers, use_backend
@@ -49,6 +47,9 @@ def train(
     config: TrainConfig, *, resume: Checkpoint | None = None, stop_after: int | None = None
 ) -> Summary:
     """Train, or continue, a run and test its best epoch.
+
+    Started by torchrun, every process calls this; ``batch_size`` images go through each of them in
+    a step.
 
     Args:
         config: the run.
@@ -62,13 +63,16 @@ def train(
         CheckpointError: `resume` does not belong to this run.
         FileNotFoundError: the data directory is missing or incomplete.
     """
-    with backend_of(config):
-        return Trainer(config, resume=resume, stop_after=stop_after).run()
+    with surroundings(config) as processes:
+        return Trainer(config, processes, resume=resume, stop_after=stop_after).run()
 
 
-def backend_of(config: TrainConfig) -> AbstractContextManager[Any]:
-    """Forces the backend the configuration names, inside `with`."""
-    return nullcontext() if config.backend is None else use_backend(config.backend)
+@contextmanager
+def surroundings(config: TrainConfig) -> Iterator[Processes]:
+    """The processes of the run, met, and the backend that it forces, inside `with`."""
+    backend = nullcontext() if config.backend is None else use_backend(config.backend)
+    with joined() as processes, backend:
+        yield processes
 
 
 class Trainer:
@@ -77,31 +81,40 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
+        processes: Processes = Processes(),  # noqa: B008 - it cannot change
         *,
         resume: Checkpoint | None = None,
         stop_after: int | None = None,
     ) -> None:
         if stop_after is not None and stop_after < 1:
             raise ValueError(f"stop_after: expected at least 1 step, got {stop_after}")
-        self.config, self.stop_after = config, stop_after
+        self.config, self.processes, self.stop_after = config, processes, stop_after
         self.signals = StopSignals()
-        self.device = build.choose_device(config.device)
+        self.device = build.choose_device(config.device, processes)
         build.seed_everything(config)
-        self.source = build.build_source(config, self.device)
+        self.source = build.build_source(config, self.device, processes)
         self.batches_per_epoch = build.usable_batches(config, self.source.steps_per_epoch)
         self.total_steps = config.epochs * self.batches_per_epoch // config.grad_accum_steps
 
         self.model = build.build_model(config, self.source, self.device)
-        self.masked = masked_layers(self.model)
         self.optimizer = build.build_optimizer(config, self.model)
         self.sparsifier = build.build_sparsifier(
             config, self.model, self.optimizer, self.total_steps
         )
+        self.average = build.build_average(config, self.model, self.sparsifier)
+        self.masked = masked_layers(self.network)
         self.scheduler = build.build_scheduler(
             config, self.optimizer, self.total_steps, self.sparsifier
         )
         self.scaler = build.build_scaler(config, self.device)
-        self.passes = Passes(config, self.model, self.optimizer, self.scaler, self.device)
+        self.passes = Passes(
+            config,
+            self.model,
+            self.device,
+            processes=processes,
+            average=None if self.average is None else self.average.module,
+            mix=build.build_mix(config, self.source.num_classes),
+        )
         self.monitor = None if self.sparsifier is None else TopologyMonitor(self.sparsifier)
         self.dense_flops = measure(self.model, self.source.sample_shape)
         self.flops = TrainingFlops(self.dense_flops)
@@ -111,20 +124,23 @@ class Trainer:
 
         self.directory = config.run_directory if resume is None else resume.path.parent
         if resume is None:
-            build.start_sparsifier(config, self.sparsifier, self.source, self.device)
-            create_run_directory(self.directory)
-            self.save(LAST)  # whatever happens from here on, the run can be resumed
+            self.start()
         else:
             self.restore(resume)
-        self.metrics = Table(
-            self.directory / METRICS, EpochMetrics, key="epoch", until=self.progress.epoch
-        )
-        self.topology = Table(
-            self.directory / TOPOLOGY, LayerChange, key="step", until=self.progress.step
-        )
-        write_config_file(self.directory / ARGS, config)
+        self.record: Record = NoRecord()
+        if processes.is_first:
+            self.record = RunRecord(self.directory, config, self.progress, self.total_steps)
         self.active_fraction = self.active_fractions()
         self.first_step = self.progress.step
+
+    def start(self) -> None:
+        """Prune where that comes before training, and leave a checkpoint in a fresh directory."""
+        if self.processes.is_first:
+            create_run_directory(self.directory)
+        build.start_sparsifier(self.config, self.sparsifier, self.source, self.device)
+        if self.processes.rank:  # weights were drawn alike; what training draws should differ
+            torch.manual_seed(derive_seed(self.config.seed, self.processes.rank))
+        self.save(LAST)  # whatever happens from here on, the run can be resumed
 
     # The loop
 
@@ -134,11 +150,15 @@ class Trainer:
         batches = self.source.train_batches(self.progress.epoch, start=self.progress.batch)
         self.model.train()
         for _ in range(self.progress.batch, self.batches_per_epoch, accumulate):
-            stepped = self.passes.step(itertools.islice(batches, accumulate), self.see)
-            self.flops.add(self.active_fraction, accumulate * config.batch_size)
+            some = itertools.islice(batches, accumulate)
+            stepped = self.passes.step(some, self.see, self.optimizer, self.scaler)
+            images = accumulate * config.batch_size * self.processes.count
+            self.flops.add(self.active_fraction, images)
             if self.sparsifier is not None and self.sparsifier.step():
                 self.active_fraction = self.active_fractions()
             self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
             if stepped:
                 self.scheduler.step()
                 self.progress.step += 1
@@ -151,19 +171,13 @@ class Trainer:
             return self._run()
 
     def _run(self) -> Summary:
-        config, progress = self.config, self.progress
-        self.events = Events(self.directory, step=progress.step)
+        self.record.begin()
         if self.monitor is not None:
-            self.monitor.sinks = [lambda rows: self.topology.append(*rows)]
-            if self.events.writer is not None:
-                self.monitor.sinks.append(Scalars(self.events.writer))
-        self.display = make_display(
-            epochs=config.epochs, total_steps=self.total_steps, step=progress.step
-        )
+            self.monitor.sinks = self.record.sinks()
         try:
-            self.display.message(self.describe())
+            self.record.message(self.describe())
             try:
-                while progress.epoch < config.epochs:
+                while self.progress.epoch < self.config.epochs:
                     self.train_epoch()
                     self.finish_epoch()
             except Stopped:
@@ -171,8 +185,7 @@ class Trainer:
                 raise
             return self.test()
         finally:
-            self.events.close()
-            self.display.close()
+            self.record.close()
 
     def see(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
         """A batch's loss and accuracy into the epoch's means."""
@@ -182,17 +195,17 @@ class Trainer:
     def after_step(self) -> None:
         """Show the step, and stop where that was asked for."""
         progress, interval = self.progress, self.config.log_interval
-        self.display.step(progress.step)
+        self.record.step(progress.step)
         step_of_epoch = progress.batch // self.config.grad_accum_steps
         if interval and step_of_epoch % interval == 0:
-            value, lr = self.last_loss.item(), self.last_lr()
-            self.display.running(progress.epoch + 1, progress.step, value, lr)
-            self.events.running(progress.step, value, lr)
+            loss, lr = self.last_loss.item(), self.last_lr()
+            self.record.running(progress.epoch + 1, progress.step, loss, lr)
         self.stop_if_asked()
 
     def finish_epoch(self) -> None:
         """Validate, record the epoch's row, keep the checkpoint, and the best one."""
         progress = self.progress
+        self.processes.add(self.running.sums)
         train_loss, train_acc = self.running.means()
         val_loss, val_acc = self.evaluate(self.source.val_batches())
         active, total = self.count_weights()
@@ -216,24 +229,23 @@ class Trainer:
         if self.is_final_network() and val_acc >= progress.best_val_acc:
             progress.best_epoch, progress.best_val_acc = progress.epoch, val_acc
             self.save(BEST)
-        self.metrics.append(metrics)
-        self.events.epoch(metrics)
-        self.display.epoch(metrics)
+        self.record.epoch(metrics)
         self.save(LAST)
 
     def test(self) -> Summary:
-        """Test the best epoch's weights (which the model holds afterwards); write summary.yaml."""
+        """Test the best epoch's weights (which `network` has afterwards); write summary.yaml."""
         progress = self.progress
         name = LAST if progress.best_epoch is None else BEST
-        checkpoint = load_checkpoint(self.directory / name)
-        self.model.load_state_dict(checkpoint.entries["model"])
+        if self.processes.is_first:
+            self.network.load_state_dict(load_checkpoint(self.directory / name).network)
+        self.processes.send(self.network.state_dict(keep_vars=True).values())
         test_loss, test_acc = self.evaluate(self.source.test_batches())
         _, val_acc = self.evaluate(self.source.val_batches())
         active, total = self.count_weights()
         sparse = inference_flops(self.dense_flops, self.active_fractions())
         summary = Summary(
             checkpoint=name,
-            epoch=checkpoint.entries["progress"]["epoch"],
+            epoch=progress.best_epoch or progress.epoch,
             val_acc=val_acc,
             test_acc=test_acc,
             test_loss=test_loss,
@@ -245,8 +257,9 @@ class Trainer:
             train_flops_ratio=self.flops.sparse_total / max(self.flops.dense_total, 1),
             seconds=round(progress.seconds, 3),
         )
-        write_summary(self.directory / SUMMARY, summary)
-        self.display.message(
+        if self.processes.is_first:
+            write_summary(self.directory / SUMMARY, summary)
+        self.record.message(
             f"test accuracy {test_acc:.2f} % ({name}, epoch {summary.epoch}); "
             f"sparsity {summary.sparsity:.4f}, {active:,} of {total:,} weights active; "
             f"see {self.directory}"
@@ -255,8 +268,15 @@ class Trainer:
 
     # What it is made of
 
+    @property
+    def network(self) -> nn.Module:
+        """What is validated and tested: the average of the weights, or the weights."""
+        return self.model if self.average is None else self.average.module
+
     def evaluate(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Mean cross-entropy, and accuracy in percent, in evaluation mode."""
+        if self.processes.count > 1:  # one may have more batches than another, and would ask alone
+            return self.passes.evaluate(batches)
         return self.passes.evaluate(batches, self.stop_if_asked)
 
     def last_lr(self) -> float:
@@ -294,10 +314,13 @@ class Trainer:
     # Stopping and resuming
 
     def entries(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on."""
+        """Everything that decides how the run goes on. All processes take part."""
         self.progress.seconds = time.perf_counter() - self.began
         progress = dataclasses.asdict(self.progress)
-        progress |= {"total_steps": self.total_steps, "running": self.running.sums}
+        running = self.running.sums.clone()
+        self.processes.add(running)
+        progress |= {"total_steps": self.total_steps, "running": running}
+        rng, *other_rngs = self.processes.collect(get_rng_state())
         parts = {
             name: None if part is None else part.state_dict() for name, part in self.parts().items()
         }
@@ -306,7 +329,8 @@ class Trainer:
             "progress": progress,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": get_rng_state(),
+            "rng": rng,
+            "other_rngs": other_rngs,
             **parts,
         }
 
@@ -318,11 +342,14 @@ class Trainer:
             "sparsifier": self.sparsifier,
             "topology": self.monitor,
             "flops": self.flops,
+            "average": self.average,
         }
 
     def save(self, name: str) -> None:
-        """Write a checkpoint into the run directory."""
-        save_checkpoint(self.directory / name, self.entries())
+        """Write a checkpoint into the run directory. All processes take part."""
+        entries = self.entries()
+        if self.processes.is_first:
+            save_checkpoint(self.directory / name, entries)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Stand where the checkpoint stood. CheckpointError, nothing changed, if it cannot."""
@@ -331,7 +358,7 @@ class Trainer:
         if steps != self.total_steps and not resume_conflicts(checkpoint.config, self.config):
             raise CheckpointError(
                 f"{checkpoint.path}: expected a run of {self.total_steps} steps, got one of "
-                f"{steps}; has the data changed?"
+                f"{steps}; has the data changed, or the number of processes?"
             )
         restore(
             checkpoint,
@@ -342,25 +369,30 @@ class Trainer:
         )
         self.progress = Progress(**saved)
         self.began = time.perf_counter() - self.progress.seconds
-        self.running.sums.copy_(sums)
-        set_rng_state(checkpoint.entries["rng"])
+        if self.processes.is_first:
+            self.running.sums.copy_(sums)
+        rngs = [checkpoint.entries["rng"], *checkpoint.entries["other_rngs"]]
+        if self.processes.rank < len(rngs):
+            set_rng_state(rngs[self.processes.rank])
 
     def stop_if_asked(self) -> None:
         """Raise Stopped after a signal, or at `stop_after`."""
         steps = self.progress.step - self.first_step
         reached = self.stop_after is not None and steps >= self.stop_after
-        if self.signals.received is not None or reached:
-            raise Stopped(self.directory / LAST, self.progress.step, self.signals.received)
+        received = self.processes.highest(self.signals.received or 0)  # one gets it before another
+        if received or reached:
+            raise Stopped(self.directory / LAST, self.progress.step, received or None)
 
     def describe(self) -> str:
         """The run in one line."""
         config = self.config
         _, total = self.count_weights()
         start = f"from step {self.progress.step} of " if self.progress.step else ""
+        others = f" x {self.processes.count}" if self.processes.count > 1 else ""
         goal = ""
         if self.sparsifier is not None:
             goal = f", sparsity {self.sparsifier.sparsity:.4g} to {config.sparsity}"
         return (
             f"{config.method} {config.model} on {config.dataset}: {total:,} weights{goal}; "
-            f"{start}{self.total_steps} steps on {self.device}; {self.directory}"
+            f"{start}{self.total_steps} steps on {self.device}{others}; {self.directory}"
         )

@@ -11,8 +11,9 @@ from .cifar import read_cifar10, read_cifar100
 from .digits import read_digits
 from .idx import read_fashion_mnist
 from .in_memory import ImageSet, InMemorySource
+from .sampling import Share, derive_seed
 
-__all__ = ["DATASETS", "DataSource", "load_data"]
+__all__ = ["DATASETS", "DataSource", "Share", "derive_seed", "load_data"]
 
 _FILE_READERS: dict[str, Callable[[Path], ImageSet]] = {
     "fashion-mnist": read_fashion_mnist,
@@ -46,7 +47,7 @@ class DataSource(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of training batches in an epoch."""
+        """Number of training batches that this process sees in an epoch."""
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches in its random order, augmented; the last partial batch is dropped.
@@ -77,6 +78,7 @@ def load_data(
     val_split: float = 0.1,
     workers: int = 0,
     image_size: int = 224,
+    share: Share = Share(),  # noqa: B008 - it cannot change
 ) -> DataSource:
     """Open a data set.
 
@@ -91,6 +93,7 @@ def load_data(
             class; which images does not depend on `seed`. With 0 `val_batches` yields nothing.
         workers: processes that decode images ("imagefolder" only); 0 decodes in the caller's.
         image_size: side in pixels of the square images ("imagefolder" only).
+        share: which of the batches are this process's; together, processes see each image once.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or a file (named) is damaged.
@@ -122,6 +125,7 @@ def load_data(
             val_split=val_split,
             workers=workers,
             image_size=image_size,
+            share=share,
         )
     return InMemorySource(
         _read_image_set(name, data_dir),
@@ -129,6 +133,7 @@ def load_data(
         device=device,
         seed=seed,
         val_split=val_split,
+        share=share,
     )
 
 

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from .normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from .sampling import (
+    Share,
     check_position,
     count_train_batches,
     derive_seed,
@@ -51,13 +52,14 @@ class ImageFolderSource:
         val_split: float,
         workers: int,
         image_size: int,
+        share: Share,
     ) -> None:
         train_folder, test_folder = _split_folders(data_dir)
         train, test = _scan(train_folder), _scan(test_folder)
         _check_same_classes(train, test)
         labels = torch.tensor(train.targets, dtype=torch.int64)
         kept, held_out = stratified_holdout(labels, holdout_size(len(labels), val_split))
-        self.steps_per_epoch = count_train_batches(batch_size, len(kept))
+        self.steps_per_epoch = count_train_batches(batch_size, len(kept), share.count)
         self.num_classes = len(train.classes)
         self.class_names: tuple[str, ...] = tuple(train.classes)
         self.sample_shape = (3, image_size, image_size)
@@ -82,6 +84,7 @@ class ImageFolderSource:
         self._device = device
         self._seed = seed
         self._workers = workers
+        self._share = share
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches `start`, `start + 1`, … of `epoch`; see `DataSource`."""
@@ -89,8 +92,9 @@ class ImageFolderSource:
         permutation = torch.randperm(
             len(self._train), generator=private_generator(self._seed, epoch)
         )
-        order = self._train[permutation[: self.steps_per_epoch * self._batch_size]]
-        batches = order.reshape(-1, self._batch_size)[start:].tolist()
+        share, size = self._share, self._batch_size
+        order = self._train[permutation[: self.steps_per_epoch * share.count * size]]
+        batches = order.reshape(-1, size)[share.batch(start) :: share.count].tolist()
         samples = _Samples(self._train_samples, self._train_transform, self._seed, epoch)
         return self._load(samples, batches)
 
@@ -105,8 +109,11 @@ class ImageFolderSource:
     def _plain_batches(
         self, samples: Sequence[tuple[str, int]], indices: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        size = self._batch_size
-        batches = [list(indices[first : first + size]) for first in range(0, len(indices), size)]
+        share, size = self._share, self._batch_size
+        batches = [
+            list(indices[first : first + size])
+            for first in range(share.index * size, len(indices), share.count * size)
+        ]
         return self._load(_Samples(samples, self._plain_transform, self._seed, 0), batches)
 
     def _load(

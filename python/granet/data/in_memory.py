@@ -9,6 +9,7 @@ from torch import Tensor
 from .augment import Augmentation
 from .normalise import Normalise, channel_statistics
 from .sampling import (
+    Share,
     check_position,
     count_train_batches,
     holdout_size,
@@ -47,11 +48,12 @@ class InMemorySource:
         device: torch.device,
         seed: int,
         val_split: float,
+        share: Share = Share(),  # noqa: B008 - it cannot change
     ) -> None:
         train_count = image_set.train_count
         train_labels = image_set.labels[:train_count]
         train, val = stratified_holdout(train_labels, holdout_size(train_count, val_split))
-        self.steps_per_epoch = count_train_batches(batch_size, len(train))
+        self.steps_per_epoch = count_train_batches(batch_size, len(train), share.count)
         self.num_classes = len(image_set.class_names)
         self.class_names = image_set.class_names
         channels, height, width = image_set.images.shape[1:]
@@ -69,6 +71,7 @@ class InMemorySource:
         self._batch_size = batch_size
         self._device = device
         self._seed = seed
+        self._share = share
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented batches `start`, `start + 1`, … of `epoch`; see `DataSource`."""
@@ -91,11 +94,13 @@ class InMemorySource:
         order = self._train[torch.randperm(count, generator=generator).to(self._device)]
         moves = self._augmentation.draw(count, generator).to(self._device)
         for step in range(start, self.steps_per_epoch):
-            rows = slice(step * self._batch_size, (step + 1) * self._batch_size)
+            first = self._share.batch(step) * self._batch_size
+            rows = slice(first, first + self._batch_size)
             images = self._augmentation.apply(self._images[order[rows]], moves[rows])
             yield self._normalise(images), self._labels[order[rows]]
 
     def _plain_batches(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, len(indices), self._batch_size):
-            picked = indices[first : first + self._batch_size]
+        share, size = self._share, self._batch_size
+        for first in range(share.index * size, len(indices), share.count * size):
+            picked = indices[first : first + size]
             yield self._normalise(self._images[picked]), self._labels[picked]

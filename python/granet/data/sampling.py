@@ -6,6 +6,7 @@ state to see the same data.
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from torch import Tensor
 HOLDOUT_SEED = 1797
 """Fixes which samples are held out; a constant, so that runs with different seeds are evaluated on
 the same data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Of every `count` batches in turn, the one that one of `count` processes sees."""
+
+    index: int = 0
+    count: int = 1
+
+    def batch(self, step: int) -> int:
+        """Number, among all batches of an epoch, of this process's batch in a step."""
+        return step * self.count + self.index
 
 
 def derive_seed(*keys: int) -> int:
@@ -67,18 +80,19 @@ def holdout_size(count: int, fraction: float) -> int:
     return size
 
 
-def count_train_batches(batch_size: int, train_count: int) -> int:
-    """Full batches in an epoch; the last partial batch is dropped.
+def count_train_batches(batch_size: int, train_count: int, processes: int = 1) -> int:
+    """Full batches that each process sees in an epoch; what is left over is dropped.
 
     Raises:
         ValueError: not even one batch is full.
     """
-    if batch_size > train_count:
+    if batch_size * processes > train_count:
+        among = f", over {processes} processes" if processes > 1 else ""
         raise ValueError(
-            f"batch_size: expected at most the number of training images, {train_count}, "
+            f"batch_size: expected at most the number of training images, {train_count}{among}, "
             f"got {batch_size}"
         )
-    return train_count // batch_size
+    return train_count // (batch_size * processes)
 
 
 def check_position(epoch: int, start: int, steps_per_epoch: int) -> None:
