@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from granet import check, cli, telemetry, train
+from granet import check, cli, telemetry, train, train_command
 from granet.checkpoint import load_checkpoint
 from granet.config import TrainConfig, read_config_file
 from tests.tiny_runs import tiny
@@ -247,8 +247,8 @@ def test_plain_lines_elsewhere() -> None:
 
 
 def test_defaults_are_a_run() -> None:
-    args = cli.make_parser().parse_args(["train"])
-    assert cli.settings(args) == (TrainConfig(), None)
+    args = cli.make_parser("train").parse_args(["train"])
+    assert train_command.settings(args) == (TrainConfig(), None)
 
 
 def test_check_and_report_need_none_of_the_extras() -> None:

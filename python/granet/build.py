@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granet.at_start import AtStart
-from granet.config import ARGUMENTS, TrainConfig, method_parameters
+from granet.config import TrainConfig
 from granet.data import DataSource, load_data
 from granet.distributions import DISTRIBUTIONS, Explicit, ScaledErk
 from granet.engine import Sparsifier
+from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS, LotteryTicket
 from granet.models import create_model
 from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, sparsify

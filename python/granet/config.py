@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS
 
 Time = int | str
@@ -219,36 +220,6 @@ MACHINE_FIELDS = frozenset(
     f"data_dir workers torchcompile device backend deterministic {GROUPS['output']}".split()
 )
 """Fields about where and how a run executes, not what it computes: resuming may change them."""
-
-ARGUMENTS: Mapping[str, str] = {
-    "init_sparsity": "initial_sparsity",
-    "prune_start": "prune_from",
-    "prune_end": "prune_until",
-    "ramp": "ramp",
-    "distribution": "distribution",
-    "erk_power": "distribution",
-    "scope": "scope",
-    "floor": "floor",
-    "drop_fraction": "drop_fraction",
-    "drop_schedule": "drop_schedule",
-    "drop": "drop",
-    "grow": "grow",
-    "redistribution": "redistribution",
-    "regrown": "regrown",
-    "update_until": "update_until",
-    "prune_at": "prune_at",
-    "rounds": "rounds",
-    "rewind_to": "rewind_to",
-    "official_rounding": "official_rounding",
-}
-"""Fields that only some methods have, None (or False) where a method's own default holds, and the
-argument that a method's class has for each: the flags are timm's and its relatives' words."""
-
-
-@functools.cache
-def method_parameters(method: str) -> Mapping[str, inspect.Parameter]:
-    """Arguments of a method's class."""
-    return inspect.signature(METHODS[method]).parameters
 
 
 @functools.cache

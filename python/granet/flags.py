@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from granet import recipes
 from granet.config import (
     GROUPS,
     TrainConfig,
@@ -40,8 +41,20 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wide enough for a flag and its help to share a line; text of several lines stays as it is."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def add_flags(parser: argparse.ArgumentParser, titles: Iterable[str] = GROUPS) -> None:
     """Give `parser` one flag for each field of these groups; flags not given leave no trace."""
+    parser.formatter_class = HelpFormatter
+    parser.allow_abbrev = False  # an abbreviation would change its meaning with the next field
     defaults = TrainConfig()
     for title in titles:
         names = GROUPS[title]
@@ -78,6 +91,19 @@ def _metavar(hint: Any) -> str:
 def flags_given(namespace: argparse.Namespace) -> dict[str, object]:
     """The fields among the parsed flags: only what was given on the command line."""
     return {name: value for name, value in vars(namespace).items() if name in field_types()}
+
+
+def settings_given(args: argparse.Namespace) -> dict[str, object]:
+    """The fields given in files and recipes, then as KEY=VALUE, then by flags: later ones win.
+
+    Raises:
+        FileNotFoundError: -c names neither a file nor a recipe.
+        ValueError: a file or an argument does not hold settings.
+    """
+    given: dict[str, object] = {}
+    for name in args.config:
+        given |= recipes.read(name)
+    return given | parse_settings(args.settings) | flags_given(args)
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, object]:

@@ -272,6 +272,7 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `granet report`."""
+    parser.description = "Compare runs in a table; runs that differ in the seed alone share a row."
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a folder of them"
     )
