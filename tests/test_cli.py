@@ -308,5 +308,7 @@ def test_a_misspelt_flag_is_one_line_with_what_is_close(
     assert message.startswith(
         "granet train: error: unknown argument '--sparsty'; close: --sparsity"
     )
+    assert granet("train", "--spars", "0.9") == 2  # no abbreviation, though there is one such flag
+    assert capsys.readouterr().err.startswith("granet train: error: unknown argument '--spars'")
     assert granet("check", "--sparsity", "0.9") == 2
     assert capsys.readouterr().err == "granet check: error: unknown argument '--sparsity'\n"
