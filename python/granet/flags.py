@@ -85,7 +85,7 @@ def _metavar(kinds: list[str]) -> str:
 
 
 def flags_given(namespace: argparse.Namespace) -> dict[str, object]:
-    """The fields among the parsed flags, as text: only what was given on the command line."""
+    """The fields among the parsed flags: only those given, and as text unless a flag has no value."""
     return {name: value for name, value in vars(namespace).items() if name in field_schemas()}
 
 
