@@ -33,7 +33,7 @@ def test_the_networks_are_there() -> None:
 def test_the_command_line_puts_them_together(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("lr: 0.3\nepochs: 7\n")
     line = f"train -c cifar10-vgg19 -c rigl -c {tmp_path}/own.yaml sparsity=0.95 amp=true epochs=9 --epochs 8"
-    config, _ = settings(make_parser("train").parse_args(line.split()))
+    config, _ = settings(make_parser().parse_args(line.split()))
     expected = {"model": "vgg19_cifar", "method": "rigl", "lr": 0.3, "epochs": 8, "amp": True}
     assert {name: getattr(config, name) for name in expected} == expected
     assert (config.sparsity, config.weight_decay) == (0.95, 5e-4)

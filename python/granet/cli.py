@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def make_parser(called: str) -> argparse.ArgumentParser:
-    """The parser of the program, in which the subcommand `called` has its arguments."""
+def make_parser(called: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the program; only the subcommand `called` has its arguments, or all without it."""
     parser = argparse.ArgumentParser(prog="granet", description="Sparse training for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, title) in COMMANDS.items():
         command = commands.add_parser(name, help=title)
-        if name == called:
+        if called in (name, None):
             _module(name).add_arguments(command)
     return parser
 
