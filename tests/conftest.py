@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 # A machine with a GPU need not have the extras: what cannot be imported there is left out, and said.
+PROGRAM = ("pydantic", "yaml")
 NEEDS = {
     "test_compress_networks.py": ("torchvision",),
     "test_data.py": ("torchvision", "PIL", "sklearn"),
@@ -27,12 +28,20 @@ NEEDS = {
     "test_optim_like_torch.py": ("expecttest",),
     "test_resnet50.py": ("torchvision",),
     "test_swap.py": ("torchvision",),
-    "test_train.py": ("yaml", "sklearn", "torchvision"),
-    "test_demo.py": ("yaml", "sklearn"),
-    "test_cli.py": ("yaml", "sklearn"),
-    "test_config.py": ("yaml",),
-    "test_checkpoint.py": ("yaml",),
-    "test_report.py": ("yaml",),
+    "test_train.py": (*PROGRAM, "sklearn", "torchvision"),
+    "test_demo.py": (*PROGRAM, "sklearn"),
+    "test_cli.py": (*PROGRAM, "sklearn"),
+    "test_export.py": (*PROGRAM, "sklearn"),
+    "test_inspect.py": (*PROGRAM, "sklearn"),
+    "test_methods.py": (*PROGRAM, "sklearn"),
+    "test_monitor.py": (*PROGRAM, "sklearn"),
+    "test_plan.py": (*PROGRAM, "sklearn"),
+    "test_plasticity.py": (*PROGRAM, "sklearn"),
+    "test_sweep.py": (*PROGRAM, "sklearn"),
+    "test_config.py": PROGRAM,
+    "test_checkpoint.py": PROGRAM,
+    "test_recipes.py": PROGRAM,
+    "test_report.py": PROGRAM,
     "test_packaging.py": ("cmake",),
     "test_cuda_simt.py": ("pybind11",),
     "test_triton.py": ("triton",),

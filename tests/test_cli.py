@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from granet import check, cli, telemetry, train
+from granet import check, cli, telemetry, train, train_command
 from granet.checkpoint import load_checkpoint
 from granet.config import TrainConfig, read_config_file
 from tests.tiny_runs import tiny
@@ -133,7 +133,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 BAD_INPUT = {
-    "train --sparsity 1.2": "sparsity: expected a number in [0, 1), got 1.2",
+    "train --sparsity 1.2": "sparsity: expected a number of at least 0 and below 1, got '1.2'",
     "train --dataset cifar10 --data-dir nowhere": "nowhere",
     "train --dataset cifar10": "data_dir",
     "train -c none.yaml": "config: expected a YAML file or a recipe, found none at none.yaml",
@@ -247,16 +247,36 @@ def test_plain_lines_elsewhere() -> None:
 
 
 def test_defaults_are_a_run() -> None:
-    args = cli.make_parser().parse_args(["train"])
-    assert cli.settings(args) == (TrainConfig(), None)
+    args = cli.make_parser("train").parse_args(["train"])
+    assert train_command.settings(args) == (TrainConfig(), None)
 
 
-def test_check_and_report_need_none_of_the_extras() -> None:
-    script = (
-        "import sys; sys.modules.update(dict.fromkeys(['yaml', 'rich', 'sklearn', 'torchvision', "
-        "'tensorboard'])); from granet.cli import make_parser; make_parser()"
+WITHOUT_EXTRAS = """
+import sys
+extras = "matplotlib pydantic rich safetensors sklearn tensorboard torchvision yaml"
+sys.modules.update(dict.fromkeys(extras.split()))
+from granet.cli import main
+for words in (["methods"], ["methods", "rigl"], ["recipes"], ["check", "--help"], ["--help"], ["train"]):
+    try:
+        print(words, main(words))
+    except SystemExit as end:
+        print(words, end.code)
+"""
+
+
+def test_what_needs_none_of_the_extras() -> None:
+    """torch and numpy are enough but for training, which says what is missing."""
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, timeout=60
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    ends = [line for line in process.stdout.splitlines() if line.startswith("[")]
+    assert ends == [
+        "['methods'] 0", "['methods', 'rigl'] 0", "['recipes'] 0", "['check', '--help'] 0",
+        "['--help'] 0", "['train'] 2",
+    ]  # fmt: skip
+    [line] = process.stderr.splitlines()
+    assert line.startswith("granet train: error: ")
+    assert line.endswith("pip install --no-build-isolation '.[train]' brings what is missing")
 
 
 def test_a_damaged_metrics_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,3 +308,7 @@ def test_a_misspelt_flag_is_one_line_with_what_is_close(
     assert message.startswith(
         "granet train: error: unknown argument '--sparsty'; close: --sparsity"
     )
+    assert granet("train", "--spars", "0.9") == 2  # no abbreviation, though there is one such flag
+    assert capsys.readouterr().err.startswith("granet train: error: unknown argument '--spars'")
+    assert granet("check", "--sparsity", "0.9") == 2
+    assert capsys.readouterr().err == "granet check: error: unknown argument '--sparsity'\n"

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from granet import recipes
-from granet.cli import main, make_parser, settings
+from granet.cli import main, make_parser
 from granet.config import TrainConfig, build_config
 from granet.models import create_model
+from granet.train_command import settings
 
 METHODS = ("dense", "granet", "granet-dense", "gmp", "rigl", "set", "snip", "lottery-ticket")
 DATA = tuple(name for name in recipes.names() if name not in METHODS)
@@ -44,7 +45,10 @@ def test_the_command_line_puts_them_together(tmp_path: Path) -> None:
         ("train -c cifar10-vgg", "found none at cifar10-vgg; recipes: cifar10-vgg19"),
         ("train sparsity", "settings: expected KEY=VALUE, got 'sparsity'"),
         ("train sparsty=0.9", "settings: unknown key 'sparsty'; close: sparsity"),
-        ("train sparsity=much", "sparsity: expected a number, got 'much'"),
+        (
+            "train sparsity=much",
+            "sparsity: expected a number of at least 0 and below 1, got 'much'",
+        ),
     ],
 )
 def test_what_is_no_recipe_is_one_line(

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from granet.at_start import AtStart
-from granet.config import ARGUMENTS, TrainConfig, method_parameters
+from granet.config import TrainConfig
 from granet.data import DataSource, Share, load_data
 from granet.distributions import DISTRIBUTIONS, Explicit, ScaledErk
 from granet.engine import Sparsifier
+from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS, LotteryTicket
 from granet.models import create_model
 from granet.processes import Processes

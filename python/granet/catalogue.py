@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 
-from granet.config import ARGUMENTS, method_parameters
+from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS
 
 

@@ -28,7 +28,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from granet.config import TrainConfig, build_config, refuse_unknown, resume_conflicts
+from granet.config import TrainConfig, build_config, resume_conflicts
 from granet_kernels import BitMask, masked_layers
 
 FORMAT = "granet-checkpoint"
@@ -151,7 +151,6 @@ def _check_archive(path: Path) -> None:
 
 def _saved_config(path: Path, fields: Any) -> TrainConfig:
     try:
-        refuse_unknown(fields, "config")
         return build_config(fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its configuration does not fit: {error}") from error

@@ -2,50 +2,67 @@
 
 One dataclass is the source of everything: flags (`flags.py`), YAML keys, help texts and `args.yaml`.
 A run is put together from layers, later ones winning: defaults, the checkpoint that is resumed, YAML
-files and recipes, KEY=VALUE, flags.
+files and recipes, KEY=VALUE, flags. Values that came as text are read by the dataclass.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
-import inspect
-import itertools
-import math
-import textwrap
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal
 
+import yaml
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from granet.explain import explain
+from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS
 
-Time = int | str
+Time = Annotated[int | str, Field(union_mode="left_to_right")]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    slots=True,
+    config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True),
+)
 class TrainConfig:
     """Everything that defines a training run. Flags and YAML keys have the fields' names.
 
-    Times (`Time`) are optimizer steps, or a share of the run such as `"50%"`.
+    Times (`Time`) are optimizer steps, or a share of the run such as `"50%"`. Text is read as the
+    command line and YAML write it: "1e-4", "yes", "none".
 
     Raises:
-        ValueError: a field has the wrong type or lies outside its range; names field and value.
+        pydantic.ValidationError: fields have the wrong type or lie outside their range, or do not fit
+            together. It is a ValueError; `build_config` says the same in one line.
     """
 
     dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"] = "digits"
     """Images to train on. digits ships inside scikit-learn; the others are read from --data-dir."""
     data_dir: str | None = None
     """Folder that holds the dataset's files."""
-    val_split: float = 0.1
+    val_split: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the training images held out to choose the best epoch."""
-    image_size: int = 224
+    image_size: PositiveInt = 224
     """Height and width of imagefolder's images, in pixels."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes that load imagefolder's images; 0 loads them in this one."""
 
     model: str = "resnet_tiny"
@@ -56,35 +73,35 @@ class TrainConfig:
     torchcompile: bool = False
     """Compile the model with torch.compile."""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images in one forward pass of a process."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: PositiveInt = 1
     """Batches whose gradients are added up for one optimizer step."""
-    epochs: int = 30
+    epochs: PositiveInt = 30
     """Passes over the training images."""
     opt: Literal["sgd", "adamw"] = "sgd"
     """Optimizer: sgd is granet_kernels.MaskedSGD, adamw is PyTorch's."""
-    lr: float = 0.1
+    lr: PositiveFloat = 0.1
     """Peak learning rate."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
     """Nesterov's form of momentum, as in the published CIFAR recipe (sgd only)."""
-    weight_decay: float = 5e-4
+    weight_decay: NonNegativeFloat = 5e-4
     """L2 penalty on every parameter (sgd), or decoupled decay (adamw)."""
     sched: Literal["cosine", "step", "step3"] = "cosine"
     """Learning rate after the warm-up: cosine to zero, tenths at 50 and 75 %, or at 30, 60 and 90 %."""
-    warmup_epochs: float = 1.0
+    warmup_epochs: NonNegativeFloat = 1.0
     """Epochs over which the learning rate rises linearly to its peak."""
-    smoothing: float = 0.1
+    smoothing: Share = 0.1
     """Label smoothing of the training loss."""
-    clip_grad: float | None = None
+    clip_grad: PositiveFloat | None = None
     """Largest gradient norm (over active weights); larger gradients are scaled down."""
-    mixup: float = 0.0
+    mixup: NonNegativeFloat = 0.0
     """Alpha of mixup, which trains on blends of two images; 0 is without."""
     model_ema: bool = False
     """Validate, test and keep the average of the weights over the steps, not the last weights."""
-    model_ema_decay: float = 0.9998
+    model_ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
     """Share of the average that a step leaves as it was."""
     amp: bool = False
     """Automatic mixed precision; float16 scales the loss to keep small gradients."""
@@ -93,7 +110,7 @@ class TrainConfig:
 
     method: str = "granet"
     """dense trains every weight; `granet methods` lists the others."""
-    sparsity: float = 0.9
+    sparsity: Share = 0.9
     """Share of the weights that is zero at the end, in [0, 1)."""
     init_sparsity: float | None = None
     """Share of the weights that is zero at the start; 0 starts dense (granet: 0.5)."""
@@ -133,12 +150,12 @@ class TrainConfig:
     """Prunes of lottery-ticket (11) and of synflow (100)."""
     rewind_to: Time | None = None
     """Step, or share of a round, that lottery-ticket returns to (0)."""
-    score_batches: int = 1
+    score_batches: PositiveInt = 1
     """Batches by which snip and grasp score weights before training."""
     official_rounding: bool = False
     """Reproduce the counts of the published code, which misses the target slightly."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the initial weights and masks, and of the order of the images."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
@@ -151,26 +168,21 @@ class TrainConfig:
     """Folder that holds the run directories."""
     experiment: str | None = None
     """Name of the run directory; without it DATASET-MODEL-METHOD-SEED."""
-    log_interval: int = 50
+    log_interval: NonNegativeInt = 50
     """Steps of an epoch between two reports of the running loss; 0 reports at its end only."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: object, info: ValidationInfo) -> object:
+        """`none` as the command line has it; a bool only where one is meant, though Python's is an int."""
+        kinds = field_kinds(str(info.field_name))
+        if isinstance(value, str) and value.lower() == "none" and "null" in kinds:
+            return None
+        if isinstance(value, bool) and "boolean" not in kinds:
+            raise ValueError("expected no bool")
+        return value
+
     def __post_init__(self) -> None:
-        for name, hint in field_types().items():
-            if not _has_type(getattr(self, name), hint):
-                raise _bad(name, _describe(hint), getattr(self, name))
-        for name in ("batch_size", "grad_accum_steps", "epochs", "image_size", "score_batches"):
-            self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
-        for name in ("workers", "log_interval", "seed"):
-            self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")
-        for name in ("sparsity", "smoothing", "momentum"):
-            self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        self._require("model_ema_decay", 0 < self.model_ema_decay < 1, "a number in (0, 1)")
-        for name in ("weight_decay", "warmup_epochs", "mixup"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
-        self._require("lr", 0 < self.lr < math.inf, "a number above 0")
-        self._require("val_split", 0 < self.val_split < 1, "a number in (0, 1)")
-        if self.clip_grad is not None:
-            self._require("clip_grad", 0 < self.clip_grad < math.inf, "a number above 0")
         known = ("dense", *METHODS)
         self._require("method", self.method in known, f"one of {', '.join(known)}")
         if self.method != "dense":
@@ -197,7 +209,7 @@ class TrainConfig:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise _bad(name, expected, getattr(self, name))
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
     @property
     def run_directory(self) -> Path:
@@ -227,107 +239,18 @@ MACHINE_FIELDS = frozenset(
 )
 """Fields about where and how a run executes, not what it computes: resuming may change them."""
 
-ARGUMENTS: Mapping[str, str] = {
-    "init_sparsity": "initial_sparsity",
-    "prune_start": "prune_from",
-    "prune_end": "prune_until",
-    "ramp": "ramp",
-    "distribution": "distribution",
-    "erk_power": "distribution",
-    "scope": "scope",
-    "floor": "floor",
-    "drop_fraction": "drop_fraction",
-    "drop_schedule": "drop_schedule",
-    "drop": "drop",
-    "grow": "grow",
-    "redistribution": "redistribution",
-    "regrown": "regrown",
-    "update_until": "update_until",
-    "prune_at": "prune_at",
-    "rounds": "rounds",
-    "rewind_to": "rewind_to",
-    "official_rounding": "official_rounding",
-}
-"""Fields that only some methods have, None (or False) where a method's own default holds, and the
-argument that a method's class has for each: the flags are timm's and its relatives' words."""
-
 
 @functools.cache
-def method_parameters(method: str) -> Mapping[str, inspect.Parameter]:
-    """Arguments of a method's class."""
-    return inspect.signature(METHODS[method]).parameters
+def field_schemas() -> dict[str, dict[str, Any]]:
+    """Field name -> its JSON schema, in the order of the fields: type, range, default, description."""
+    schemas: dict[str, dict[str, Any]] = TypeAdapter(TrainConfig).json_schema()["properties"]
+    return schemas
 
 
-@functools.cache
-def field_types() -> dict[str, Any]:
-    """Field name -> type hint, in the order of the fields."""
-    hints = typing.get_type_hints(TrainConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(TrainConfig)}
-
-
-@functools.cache
-def field_docs() -> dict[str, str]:
-    """Field name -> the docstring under it; Python keeps those in the source only."""
-    source = textwrap.dedent(inspect.getsource(TrainConfig))
-    [definition] = ast.parse(source).body
-    assert isinstance(definition, ast.ClassDef)
-    docs = {}
-    for field, doc in itertools.pairwise(definition.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-            docs[ast.unparse(field.target)] = str(ast.literal_eval(doc.value))
-    return docs
-
-
-def _bad(name: str, expected: str, value: object) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def choices_of(hint: Any) -> tuple[str, ...]:
-    """Of a field that takes some words only; none of any other."""
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
-def alternatives_of(hint: Any) -> tuple[Any, ...]:
-    """Types that a field may have."""
-    is_union = typing.get_origin(hint) in (Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _has_type(value: object, hint: Any) -> bool:
-    if choices := choices_of(hint):
-        return value in choices
-    kinds = alternatives_of(hint)
-    if isinstance(value, bool):  # a subclass of int, which `epochs: yes` should not slip through
-        return bool in kinds
-    if isinstance(value, int) and float in kinds:
-        return True
-    return isinstance(value, kinds)
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if choices := choices_of(hint):
-        return "one of " + ", ".join(choices)
-    return " or ".join(names.get(kind, "none") for kind in alternatives_of(hint))
-
-
-def parse_value(name: str, text: str) -> object:
-    """Value of the field `name` written as `text`; text that does not fit is returned as it is.
-
-    The dataclass reports what does not fit, so that flags and YAML share one message.
-    """
-    kinds = alternatives_of(field_types()[name])
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    if bool in kinds and text.lower() in ("true", "false", "yes", "no"):
-        return text.lower() in ("true", "yes")
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-    return text
+def field_kinds(name: str) -> list[str]:
+    """JSON's names of the types that a field may have: "integer", "string", "null" and so on."""
+    schema = field_schemas()[name]
+    return [alternative["type"] for alternative in schema.get("anyOf", [schema])]
 
 
 def read_config_file(path: Path) -> dict[str, object]:
@@ -338,8 +261,6 @@ def read_config_file(path: Path) -> dict[str, object]:
         ValueError: it is not a YAML mapping, or holds a key that is not a field (says which are
             close).
     """
-    import yaml  # in the [train] extra, and `granet check` must run without it
-
     if not path.is_file():
         raise FileNotFoundError(f"config: expected a YAML file, found none at {path}")
     try:
@@ -352,34 +273,36 @@ def read_config_file(path: Path) -> dict[str, object]:
         raise ValueError(f"config: expected key: value lines in {path}, got {content!r}")
     fields = {str(key).replace("-", "_"): value for key, value in content.items()}
     refuse_unknown(fields, f"config: {path}")
-    # YAML 1.1 reads 1e-4 as text
-    return {
-        name: parse_value(name, value) if isinstance(value, str) else value
-        for name, value in fields.items()
-    }
+    return fields
 
 
 def refuse_unknown(names: Iterable[str], source: str) -> None:
     """Raise ValueError when one of `names` is not a field; the message starts with `source`."""
     for name in names:
-        if name not in field_types():
-            close = difflib.get_close_matches(name, field_types(), n=3)
+        if name not in field_schemas():
+            close = difflib.get_close_matches(name, field_schemas(), n=3)
             hint = f"; close: {', '.join(close)}" if close else ""
             raise ValueError(f"{source}: unknown key {name!r}{hint}")
 
 
 def build_config(*layers: Mapping[str, object]) -> TrainConfig:
-    """The defaults, overridden by each of `layers` in turn."""
+    """The defaults, overridden by each of `layers` in turn.
+
+    Raises:
+        ValueError: a value does not fit; one line that names fields, what was expected and what came.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         merged.update(layer)
-    return TrainConfig(**merged)
+    refuse_unknown(merged, "config")
+    try:
+        return TrainConfig(**merged)
+    except ValidationError as error:
+        raise ValueError(explain(error, field_schemas())) from None
 
 
 def write_config_file(path: Path, config: TrainConfig) -> None:
     """Write every field as YAML; `read_config_file` gives it back."""
-    import yaml
-
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
@@ -392,6 +315,6 @@ def resume_conflicts(saved: TrainConfig, current: TrainConfig) -> list[str]:
     free = MACHINE_FIELDS | (SPARSE_FIELDS if saved.method == current.method == "dense" else set())
     return [
         f"{name}: {getattr(saved, name)!r} in the checkpoint, {getattr(current, name)!r} now"
-        for name in field_types()
+        for name in field_schemas()
         if name not in free and getattr(saved, name) != getattr(current, name)
     ]

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Iterable
 from typing import Any
 
-from granet.config import (
-    GROUPS,
-    TrainConfig,
-    alternatives_of,
-    choices_of,
-    field_docs,
-    field_types,
-    parse_value,
-    refuse_unknown,
-)
+from granet import recipes
+from granet.config import GROUPS, field_kinds, field_schemas, refuse_unknown
 
 SPARSITY_NOTE = (
     "A TIME is a number of steps, or a share of the run such as 50%. In brackets: what holds where "
@@ -40,48 +31,79 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wide enough for a flag and its help to share a line; text of several lines stays as it is."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def add_flags(parser: argparse.ArgumentParser, titles: Iterable[str] = GROUPS) -> None:
     """Give `parser` one flag for each field of these groups; flags not given leave no trace."""
-    defaults = TrainConfig()
+    parser.formatter_class = HelpFormatter
+    parser.allow_abbrev = False  # an abbreviation would change its meaning with the next field
     for title in titles:
         names = GROUPS[title]
         note = SPARSITY_NOTE if title == "sparsity" else None
         group = parser.add_argument_group(title, note)
         for name in names.split():
-            _add_flag(group, name, getattr(defaults, name))
+            _add_flag(group, name)
 
 
-def _add_flag(group: Any, name: str, default: object) -> None:
-    hint = field_types()[name]
+def _add_flag(group: Any, name: str) -> None:
+    schema = field_schemas()[name]
     flags = [*(["-b"] if name == "batch_size" else []), "--" + name.replace("_", "-")]
-    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-    help_text = field_docs()[name].replace("%", "%%").rstrip(".")
+    help_text = schema["description"].rstrip(".")
+    default = schema["default"]
     if default is not None and default is not False:
-        help_text += f" (default: {'yes' if default is True else default})".replace("%", "%%")
-    if hint is bool:
+        help_text += f" (default: {'yes' if default is True else default})"
+    options: dict[str, Any] = {}
+    if schema.get("type") == "boolean":
         options["action"] = argparse.BooleanOptionalAction
-    elif choices := choices_of(hint):
-        options["choices"] = choices
+    elif "enum" in schema:
+        options["choices"] = schema["enum"]
     else:
-        options["type"] = functools.partial(parse_value, name)
-        options["metavar"] = "DIR" if name in ("data_dir", "output") else _metavar(hint)
-    group.add_argument(*flags, help=help_text, **options)
+        options["metavar"] = (
+            "DIR" if name in ("data_dir", "output") else _metavar(field_kinds(name))
+        )
+    group.add_argument(
+        *flags,
+        dest=name,
+        default=argparse.SUPPRESS,
+        help=help_text.replace("%", "%%"),
+        **options,
+    )
 
 
-def _metavar(hint: Any) -> str:
-    kinds = alternatives_of(hint)
-    if int in kinds and str in kinds:
+def _metavar(kinds: list[str]) -> str:
+    if {"integer", "string"} <= set(kinds):
         return "TIME"
-    return {int: "N", float: "X"}.get(kinds[0], "NAME")
+    return {"integer": "N", "number": "X"}.get(kinds[0], "NAME")
 
 
 def flags_given(namespace: argparse.Namespace) -> dict[str, object]:
-    """The fields among the parsed flags: only what was given on the command line."""
-    return {name: value for name, value in vars(namespace).items() if name in field_types()}
+    """The fields among the parsed flags: only those given, and as text unless a flag has no value."""
+    return {name: value for name, value in vars(namespace).items() if name in field_schemas()}
+
+
+def settings_given(args: argparse.Namespace) -> dict[str, object]:
+    """The fields given in files and recipes, then as KEY=VALUE, then by flags: later ones win.
+
+    Raises:
+        FileNotFoundError: -c names neither a file nor a recipe.
+        ValueError: a file or an argument does not hold settings.
+    """
+    given: dict[str, object] = {}
+    for name in args.config:
+        given |= recipes.read(name)
+    return given | parse_settings(args.settings) | flags_given(args)
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, object]:
-    """The fields in arguments of the form KEY=VALUE, keys with - or _.
+    """The fields in arguments of the form KEY=VALUE, as text; keys with - or _.
 
     Raises:
         ValueError: an argument has another form, or its key is not a field.
@@ -93,5 +115,5 @@ def parse_settings(settings: Iterable[str]) -> dict[str, object]:
             raise ValueError(f"settings: expected KEY=VALUE, got {setting!r}")
         name = key.strip().replace("-", "_")
         refuse_unknown([name], "settings")
-        fields[name] = parse_value(name, value.strip())
+        fields[name] = value.strip()
     return fields

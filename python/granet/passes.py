@@ -34,6 +34,7 @@ class Passes:
         processes: those that train it together: each backward pass averages their gradients.
         average: the network to evaluate, if it is another.
         mix: applied to every training batch.
+        trains: whether there will be backward passes.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Passes:
         processes: Processes = Processes(),  # noqa: B008 - it cannot change
         average: nn.Module | None = None,
         mix: Mix | None = None,
+        trains: bool = True,
     ) -> None:
         self._config = config
         self._model = model
@@ -53,7 +55,7 @@ class Passes:
         self._mix = mix
         self._evaluated = model if average is None else average
         trained: nn.Module = model
-        if processes.count > 1:
+        if processes.count > 1 and trains:
             trained = DistributedDataParallel(
                 model, device_ids=[device] if device.type == "cuda" else None
             )

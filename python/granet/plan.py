@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from granet import recipes
 from granet.config import TrainConfig, build_config
 from granet.distributions import active_budget
-from granet.flags import add_config_flags, add_flags, flags_given, parse_settings
+from granet.flags import add_config_flags, add_flags, settings_given
 from granet.report import show
 
 # What the data sets are, for plans made where their files are not: training images, classes, shape.
@@ -123,14 +122,14 @@ def make_plan(config: TrainConfig) -> Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `granet train` that say what a run is."""
+    parser.usage = "granet plan [-c NAME] [SETTINGS] [KEY=VALUE ...]"
     add_config_flags(parser)
     add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; the exit status."""
-    given = {k: v for name in args.config for k, v in recipes.read(name).items()}
-    config = build_config(given, parse_settings(args.settings), flags_given(args))
+    config = build_config(settings_given(args))
     plan = make_plan(config)
     header = [
         "layer",

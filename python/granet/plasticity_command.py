@@ -17,6 +17,11 @@ SHOWN = "epoch lr rate criterion regenerated sparsity plasticity final_plasticit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study's flags, then those of the network and its training."""
+    parser.usage = "granet plasticity --prune-epochs N,N [STUDY] [SETTINGS]"
+    parser.description = (
+        "Prune copies of a dense network at chosen epochs, train them on, and write how well they "
+        "recover: a table and a plot."
+    )
     study = parser.add_argument_group("study")
     study.add_argument(
         "--prune-epochs", required=True, metavar="N,N", help="epochs at which copies are pruned"

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from granet.checkpoint import load_checkpoint
-from granet.config import MACHINE_FIELDS, SPARSE_FIELDS, TrainConfig, field_types
+from granet.config import MACHINE_FIELDS, SPARSE_FIELDS, TrainConfig, field_schemas
 from granet.telemetry import LAST, SUMMARY, Summary, read_summary
 from granet_kernels import unpack_mask
 
@@ -138,7 +138,7 @@ def read_run(directory: Path) -> RunResult:
 def setup_of(config: TrainConfig) -> dict[str, object]:
     """What makes two runs comparable: every field that matters but the seed."""
     ignored = MACHINE_FIELDS | {"seed"} | (SPARSE_FIELDS if config.method == "dense" else set())
-    return {name: getattr(config, name) for name in field_types() if name not in ignored}
+    return {name: getattr(config, name) for name in field_schemas() if name not in ignored}
 
 
 def group_runs(runs: Sequence[RunResult]) -> list[list[RunResult]]:
@@ -152,7 +152,7 @@ def group_runs(runs: Sequence[RunResult]) -> list[list[RunResult]]:
 def varying_fields(runs: Sequence[RunResult]) -> list[str]:
     """Fields in which setups differ, beyond method and sparsity, which have their columns."""
     setups = [setup_of(run.config) for run in runs]
-    names = [name for name in field_types() if name not in ("method", "sparsity")]
+    names = [name for name in field_schemas() if name not in ("method", "sparsity")]
     return [
         name
         for name in names
@@ -223,7 +223,7 @@ def agreement(runs: Sequence[RunResult]) -> list[str]:
 
 def write_csv(path: Path, runs: Sequence[RunResult]) -> None:
     """One row a run: the configuration, the result, the counts."""
-    configs = [name for name in field_types() if name not in MACHINE_FIELDS]
+    configs = [name for name in field_schemas() if name not in MACHINE_FIELDS]
     results = [f.name for f in dataclasses.fields(Summary)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -272,6 +272,7 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `granet report`."""
+    parser.description = "Compare runs in a table; runs that differ in the seed alone share a row."
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a folder of them"
     )

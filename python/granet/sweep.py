@@ -16,7 +16,7 @@ from typing import Any
 from granet import recipes
 from granet.checkpoint import load_checkpoint
 from granet.config import TrainConfig, build_config
-from granet.flags import add_config_flags, add_flags, flags_given, parse_settings
+from granet.flags import add_config_flags, add_flags, settings_given
 from granet.paper import figure
 from granet.report import read_run, show, spread
 from granet.stopping import Stopped
@@ -108,6 +108,7 @@ def _grouped(done: Sequence[Point]) -> Iterator[tuple[tuple[str, float], list[Po
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sweep's, then those of `granet train`."""
+    parser.usage = "granet sweep [SWEEP] [-c NAME] [SETTINGS] [KEY=VALUE ...]"
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(
         "--methods",
@@ -125,8 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is missing, and print the table; the exit status."""
-    given = {k: v for name in args.config for k, v in recipes.read(name).items()}
-    given |= parse_settings(args.settings) | flags_given(args)
+    given = settings_given(args)
     output = Path(str(given.pop("output", "runs")), str(given.pop("experiment", "sweep")))
     sweep = points(
         given,

@@ -11,8 +11,6 @@ import difflib
 from importlib import resources
 from pathlib import Path
 
-from granet.config import read_config_file
-
 
 def names() -> dict[str, str]:
     """Recipe -> its first line."""
@@ -33,6 +31,8 @@ def read(name: str) -> dict[str, object]:
         FileNotFoundError: there is neither; the message has the closest names.
         ValueError: it does not hold settings.
     """
+    from granet.config import read_config_file  # needs the train extra, which the list does not
+
     if not Path(name).is_file() and name in names():
         with resources.as_file(resources.files(__name__) / f"{name}.yaml") as path:
             return read_config_file(path)
@@ -42,6 +42,10 @@ def read(name: str) -> dict[str, object]:
             f"config: expected a YAML file or a recipe, found none at {name}; recipes: {', '.join(close)}"
         )
     return read_config_file(Path(name))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has none."""
 
 
 def run(args: argparse.Namespace) -> int:

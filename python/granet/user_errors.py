@@ -1,0 +1,24 @@
+"""What the program says of bad input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def user_errors(command: str) -> Iterator[None]:
+    """Bad input, or a library that is missing, becomes one line on stderr, and exit status 2."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+    except ImportError as error:
+        message = f"{error}; pip install --no-build-isolation '.[train]' brings what is missing"
+    else:
+        return
+    print(f"granet {command}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
