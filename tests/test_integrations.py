@@ -109,10 +109,12 @@ def accelerator():
     states.GradientState._reset_state()
 
 
-def readme(number):
-    """One of README.md's blocks on other libraries."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    return re.findall(r"```py\n(.*?)```", text, flags=re.DOTALL)[number]
+def documented(library):
+    """The block that docs/integrations.md has under a library's heading."""
+    text = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
+    section = text.split(f"\n## {library}\n")[1].split("\n## ")[0]
+    [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    return code
 
 
 class Accelerated:
@@ -182,7 +184,7 @@ def test_optimizers_with_hooks_of_their_own_are_left_alone():
     assert unwrapped_optimizer(outer) is outer
 
 
-def test_accelerate_in_readme(accelerator):
+def test_accelerate_in_docs(accelerator):
     model, data = a_net(), examples()
     names = {
         "torch": torch,
@@ -192,7 +194,7 @@ def test_accelerate_in_readme(accelerator):
     }
     names |= {"model": model, "optimizer": an_optimizer(model, "AdamW")}
     names["loader"] = [(row["x"][None], row["labels"][None]) for row in data[: 2 * STEPS]]
-    exec(readme(2), names)
+    exec(documented("accelerate"), names)
     assert names["sparsifier"].steps == 2 * STEPS
     assert_sparsity(model, 0.9)
 
@@ -321,12 +323,12 @@ def test_huggingface_takes_a_function_and_trains_twice(tmp_path):
     assert len(hooks) == 2  # those of the second alone
 
 
-def test_huggingface_in_readme(tmp_path):
+def test_huggingface_in_docs(tmp_path):
     model, args = hf_parts(tmp_path, optim="adamw_torch")
     import transformers
 
     names = {"transformers": transformers, "GraNet": GraNet, "model": model}
-    exec(readme(0), names | {"args": args, "dataset": examples()})
+    exec(documented("transformers"), names | {"args": args, "dataset": examples()})
     assert (tmp_path / "checkpoint-7" / "sparsifier.pt").is_file()
     assert_sparsity(model, 0.9)
 
@@ -450,11 +452,11 @@ def test_lightning_refuses_two_optimizers(tmp_path):
         lightning_run(tmp_path, module=module, by_hand=True)
 
 
-def test_lightning_in_readme(tmp_path, monkeypatch):
+def test_lightning_in_docs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for logs and checkpoints
     lightning = pytest.importorskip("lightning")
     module = lightning_module("AdamW")
     names = {"lightning": lightning, "GraNet": GraNet, "epochs": 1}
     names |= {"module": module, "loader": torch.utils.data.DataLoader(examples(), batch_size=BATCH)}
-    exec(readme(1), names)
+    exec(documented("Lightning"), names)
     assert_sparsity(module, 0.9)
