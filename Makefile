@@ -25,13 +25,14 @@ QUICK ?=
 BENCH_FILES = $(if $(GROUP),bench/cpu/test_$(GROUP).py,bench/cpu)
 BENCH_NAME  = $(if $(GROUP),cpu-$(GROUP),cpu)
 
-.PHONY: help setup demo say-demo test say-test fuzz lint format bench-cpu say-bench-cpu kernel-report simt clean
+.PHONY: help setup demo say-demo test say-test docs fuzz lint format bench-cpu say-bench-cpu kernel-report simt clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a dense and a 90 % sparse network on handwritten digits, and compare them"
 	@echo "make test     check style and types, run all tests"
+	@echo "make docs     build the documentation as a site, in build/site"
 	@echo "make fuzz     feed the selection and the mask codec random inputs for a minute (needs clang)"
 	@echo "make lint     check style and types only"
 	@echo "make format   rewrite the sources in the project's style"
@@ -55,6 +56,11 @@ say-demo:
 
 test: say-test lint
 	@$(BIN)/python -m pytest
+
+# Warnings are errors; nothing is fetched.
+docs: $(VENV)/installed
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 # Random inputs against a plain oracle, under sanitizers. Clang's runtime is in Debian's libclang-rt-*-dev.
 fuzz: $(VENV)/installed

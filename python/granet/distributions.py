@@ -102,6 +102,7 @@ def uniform(shapes: Sequence[Shape], sparsity: float) -> list[float]:
 
 
 DISTRIBUTIONS: Mapping[str, Distribution] = {"erk": erk, "er": er, "uniform": uniform}
+"""Rules by name."""
 
 
 @dataclass(frozen=True, slots=True)

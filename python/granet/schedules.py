@@ -184,6 +184,7 @@ CURVES: Mapping[str, Curve] = {
     "sigmoid": sigmoid,
     "constant": constant,
 }
+"""What ramps take by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
