@@ -14,9 +14,9 @@ def build_info() -> dict[str, Any]:
     """Versions at run time, the state of every backend, and how the compiled part was built.
 
     Returns:
-        ``python``, ``torch``: versions at run time. ``backends``: name to "available" or the reason
-        why not. ``native``: of the compiled part (compiler, standard, ABI target, CUDA toolkit, and
-        which of the CPU kernels this machine runs); None where it is absent.
+        ``python`` and ``torch``, the versions at run time; ``backends``, from name to "available" or
+        the reason why not; ``native``, of the compiled part (compiler, standard, ABI target, CUDA
+        toolkit, and which of the CPU kernels this machine runs), None where it is absent.
     """
     try:
         from granet_kernels import _native

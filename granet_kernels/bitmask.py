@@ -125,6 +125,10 @@ def attach_mask(weight: Tensor, packed: Tensor) -> None:
     The masked layers do this for their weights. It is public so that any other parameter can be
     masked: keep the invariant that an inactive weight is zero
     (:func:`granet_kernels.zero_inactive_`).
+
+    Args:
+        weight: dense in memory.
+        packed: uint8 1-D, one bit a weight in storage order. Not checked here: the optimizer's step does.
     """
     global _attachments_made
     _attachments_made += 1

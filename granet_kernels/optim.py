@@ -34,6 +34,9 @@ class MaskedSGD(torch.optim.SGD):
         momentum_dtype: of the momentum of masked weights, for example fp32 beside bf16 weights; by
             default the weight's. It survives ``load_state_dict``.
 
+    Raises:
+        ValueError: as torch.optim.SGD, and for a ``momentum_dtype`` that is not floating.
+
     With a ``GradScaler`` the gradients are unscaled in the update, and a step with infinite
     gradients changes nothing; ``grad`` itself is left as it is. The one wait for the device under a
     scaler is at steps that would create momentum.

@@ -31,6 +31,8 @@ NEEDS = {
     "test_train.py": (*PROGRAM, "sklearn", "torchvision"),
     "test_demo.py": (*PROGRAM, "sklearn"),
     "test_cli.py": (*PROGRAM, "sklearn"),
+    "test_docs.py": (*PROGRAM, "markdown_it", "sklearn"),
+    "test_site.py": (*PROGRAM, "latex2mathml", "markdown_it", "material", "mkdocstrings"),
     "test_export.py": (*PROGRAM, "sklearn"),
     "test_inspect.py": (*PROGRAM, "sklearn"),
     "test_methods.py": (*PROGRAM, "sklearn"),

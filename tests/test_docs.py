@@ -1,10 +1,8 @@
 """The code of README.md and docs/ runs as it stands, and its commands and flags are those there are."""
 
-import inspect
 import re
 import shlex
 import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +13,9 @@ from torch import nn
 import granet
 import granet_kernels
 from granet import cli
-from granet.methods import METHODS
-from granet.paper import DENSE, FIGURES
 from granet_kernels import MaskedSGD, masked_layers, sparsify
-from tests.pages import ROOT, blocks, headings, inline_code, links, pages
+from granet_kernels.ops import registry
+from tests.pages import ROOT, blocks, inline_code, pages
 
 RUN_ELSEWHERE = {"docs/integrations.md": "tests/test_integrations.py"}
 NO_COMMANDS = {"docs/architecture.md": 1}
@@ -65,25 +62,29 @@ def one_rank(names):
 @pytest.mark.parametrize("page", [*pages(), "CONTRIBUTING.md"])
 def test_no_block_is_of_a_kind_that_nothing_looks_at(page):
     kinds = {"python", "console", "diff", "math", "indented"}
-    assert {block.language for block in blocks(page)} <= kinds
+    found = blocks(page)
+    assert {block.language for block in found} <= kinds
+    if page == "CONTRIBUTING.md":
+        assert [block.language for block in found] == ["python", "python"]  # each has its test
     if page in RUN_ELSEWHERE:
         code = (ROOT / RUN_ELSEWHERE[page]).read_text()
         assert len(blocks(page, "python")) == code.count("documented(") - 1  # its definition
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in pages() if page not in RUN_ELSEWHERE and blocks(page, "python")]
+    "page",
+    [page for page in pages() if page not in RUN_ELSEWHERE and blocks(page, "python")],
 )
 def test_python_of_a_page_runs_from_top_to_bottom(page, names, request):
     if page == "docs/distributed.md":
         request.getfixturevalue("one_rank")
     for block in blocks(page, "python"):
         block.run(names)
+    if page == "README.md":
+        check_what_it_trained(names)
 
 
-def test_what_the_readme_trains(names):
-    for block in blocks("README.md", "python"):
-        block.run(names)
+def check_what_it_trained(names):
     layers = masked_layers(names["model"]).values()
     numel = sum(layer.weight.numel() for layer in layers)
     assert sum(layer.count_active() for layer in layers) == numel - round(0.9 * numel)
@@ -120,10 +121,16 @@ def test_every_diff_is_run():
     assert diffs == {"docs/index.md": 1, "docs/two-line-diff.md": 2, "docs/migration.md": 2}
 
 
+def test_the_example_backend_of_contributing(monkeypatch):
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    blocks("CONTRIBUTING.md", "python")[0].run({})
+    assert "opencl" in granet_kernels.backend_status()["opencl"]  # there is no such module
+    registry._loaded.pop("opencl")
+
+
 def test_the_example_method_of_contributing():
-    [block] = blocks("CONTRIBUTING.md", "python")
     names = {}
-    block.run(names)
+    blocks("CONTRIBUTING.md", "python")[1].run(names)
     model = sparsify(a_model())
     optimizer = MaskedSGD(model.parameters(), lr=0.01, momentum=0.9)
     method = names["SNFS"](model, optimizer, sparsity=0.8, total_steps=25, update_every=5)
@@ -258,135 +265,3 @@ def test_the_program_s_page_has_every_command_and_its_own_flags():
         assert f"granet {name}" in text
         own = set() if f"<!-- granet {name} --help -->" in text else flags_of(parser) - shared
         assert own <= set(re.findall(r"--[a-z-]+", text)), name
-
-
-# Facts
-
-
-def test_links_lead_somewhere():
-    """Also in the plain repository: the site's own are checked by its build."""
-    for page in [*pages(), "CONTRIBUTING.md"]:
-        for link in links(page):
-            if link.startswith("http"):
-                continue
-            path, _, anchor = link.partition("#")
-            target = (ROOT / page).parent / path if path else ROOT / page
-            assert target.exists(), (page, link)
-            if anchor and not anchor.startswith("granet"):
-                name = str(target.resolve().relative_to(ROOT))
-                assert anchor in {anchor_of(title) for title in headings(name)}, (page, link)
-
-
-def anchor_of(title):
-    return re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
-
-
-def test_the_readme_s_figures_are_those_of_the_performance_page():
-    readme = (ROOT / "README.md").read_text().split("\n## How fast it is\n")[1].split("\n## ")[0]
-    rows = [line for line in readme.splitlines() if line.startswith("|")]
-    assert len(rows) > 25
-    performance = (ROOT / "docs/performance.md").read_text().splitlines()
-    assert [row for row in rows if row not in performance] == []
-
-
-def test_figures_of_others_are_those_of_the_module():
-    text = (ROOT / "docs/methods.md").read_text()
-
-    def cell(figure):
-        return (
-            "–" if figure is None else f"{figure.accuracy:.2f}{'*' * (figure.provenance == '2nd')}"
-        )
-
-    for model in ("vgg19_cifar", "resnet50_cifar"):
-        both = [FIGURES["cifar10", model], FIGURES["cifar100", model]]
-        for recipe in both[0]:
-            cells = [cell(of.get(recipe, {}).get(s)) for of in both for s in (0.9, 0.95, 0.98)]
-            assert f"| `{recipe}` | {' | '.join(cells)} |" in text
-        dense = " and ".join(cell(DENSE[data, model]) for data in ("cifar10", "cifar100"))
-        assert f"(dense {dense})" in text
-
-
-def test_the_guide_has_every_method_its_source_and_its_defaults():
-    text = (ROOT / "docs/methods.md").read_text()
-    for name, method in METHODS.items():
-        [row] = re.findall(rf"^\| `{name}`, `{method.__name__}` .*$", text, re.MULTILINE)
-        assert row.endswith(f"| {method.source} |")
-    rows = dict(
-        re.findall(r"^\| `(\w+)` \| (\d.*) \|$", text.split("\n## Defaults\n")[1], re.MULTILINE)
-    )
-    assert rows.keys() == {"GraNet", "GMP", "RigL", "RigLITOP", "SET"}
-    for name, row in rows.items():
-        every, _, drop, distribution = row.split(" | ")
-        defaults = inspect.signature(getattr(granet, name)).parameters
-        assert int(every) == defaults["update_every"].default
-        assert distribution.split(",")[0] == defaults["distribution"].default
-        if "drop_fraction" in defaults:
-            assert float(drop.split(",")[0]) == defaults["drop_fraction"].default
-
-
-# The site
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Built as `make docs` does, where warnings are errors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_MKDOCS_2_WARNING", "1")
-        from mkdocs.commands.build import build
-        from mkdocs.config import load_config
-
-        folder = tmp_path_factory.mktemp("site")
-        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
-    return folder
-
-
-def html(site):
-    return {path.relative_to(site): path.read_text() for path in site.glob("**/*.html")}
-
-
-def test_every_page_is_built(site):
-    named = {page.removeprefix("docs/").replace(".md", ".html") for page in pages()}
-    named -= {"README.html"}
-    assert {"CONTRIBUTING.html", "CHANGELOG.html", *named} <= {str(path) for path in html(site)}
-
-
-def test_the_site_fetches_nothing(site):
-    """No script, style, font or image of another host, in pages or in styles."""
-    fetches = r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//"
-    for path, text in html(site).items():
-        assert not re.findall(fetches, text), path
-    for path in site.glob("**/*.css"):
-        assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", path.read_text()), path
-
-
-def test_formulas_need_no_script(site):
-    text = html(site)[Path("algorithm.html")]
-    assert text.count("<math") == len(blocks("docs/algorithm.md", "math")) == 3
-    assert "MathJax" not in text
-
-
-def test_the_program_s_help_is_on_its_page(site):
-    text = html(site)[Path("cli.html")]
-    assert "--help --&gt;" not in text
-    assert "<!-- granet" not in text
-    assert "--sparsity X" in re.sub(r"<[^>]+>", "", text)
-
-
-@pytest.mark.parametrize("package", [granet, granet_kernels])
-def test_every_public_name_is_on_a_page_of_the_api(package, site):
-    text = "".join(text for path, text in html(site).items() if path.parts[0] == "api")
-    prefix = package.__name__
-    missing = [name for name in package.__all__ if f'id="{prefix}.{name}"' not in text]
-    assert missing == []
-
-
-def test_roles_of_docstrings_are_links(site):
-    for path, text in html(site).items():
-        assert not re.findall(r":(?:class|func|meth|mod|attr):", text), path
-
-
-@pytest.mark.parametrize("package", [granet, granet_kernels])
-def test_every_public_name_has_a_docstring(package):
-    for name in package.__all__:
-        value = getattr(package, name)
-        assert isinstance(value, dict) or (value.__doc__ or "").strip(), name

@@ -30,6 +30,9 @@ def mask_cast(
         mask: its packed mask.
         dtype: of the result, which keeps the weight's layout; by default the weight's own.
         dense_grad: bool tensor of one element; where True, backward does not mask the gradient.
+
+    Raises:
+        ValueError: a shape, dtype, device or memory layout that does not fit.
     """
     flag = _flag(dense_grad, weight)
     return _apply(MaskCastFunction, weight, mask, flag, dtype or weight.dtype)
@@ -78,6 +81,13 @@ def masked_conv2d(
         algorithm: "sparse" or "dense"; by default what the backend expects to be faster. A backend
             that has one way only takes that, and so does one whose sparse kernels do not cover the
             dtype or the memory layout.
+
+    Returns:
+        (N, O, H_out, W_out) or (O, H_out, W_out), in the dtype that was computed in.
+
+    Raises:
+        TypeError: padding in words.
+        ValueError: a shape, dtype, device or memory layout that does not fit.
 
     Under autocast it computes in the autocast dtype, as ``F.conv2d`` does.
     """
@@ -146,7 +156,21 @@ def masked_linear(
     dense_grad: Tensor | None = None,
     algorithm: Algorithm = "auto",
 ) -> Tensor:
-    """``F.linear`` with the masked weight, (O, I); otherwise as :func:`masked_conv2d`."""
+    """``F.linear`` with the masked weight; the weight's gradient is masked too.
+
+    Args:
+        input: (..., I).
+        weight: (O, I), dense in memory.
+        mask: its packed mask.
+        bias: (O,), or None.
+        dense_grad, algorithm: as in :func:`masked_conv2d`.
+
+    Returns:
+        (..., O), in the dtype that was computed in, which is autocast's under autocast.
+
+    Raises:
+        ValueError: a shape, dtype, device or memory layout that does not fit.
+    """
     input, bias = _autocast(input, weight, bias)
     flag = _flag(dense_grad, weight)
     return _apply(MaskedLinearFunction, input, weight, mask, bias, flag, algorithm)

@@ -54,7 +54,15 @@ def unpack_mask(packed: Tensor, shape: Sequence[int], *, like: Tensor | None = N
 
 
 def count_active(masks: Sequence[Tensor]) -> Tensor:
-    """Active weights of each packed mask: int64 (len(masks),), on the masks' device, without a wait."""
+    """Active weights of each packed mask: int64 (len(masks),), on the masks' device, without a wait.
+
+    Args:
+        masks: packed, uint8 1-D.
+
+    Raises:
+        TypeError: one tensor where a sequence is expected.
+        ValueError: a mask is not packed, or on another device than the first.
+    """
     masks = tensor_list("masks", masks)
     return _ops.count_active(masks) if masks else torch.zeros(0, dtype=torch.int64)
 
@@ -66,6 +74,11 @@ def zero_inactive_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     Args:
         tensors: dense in memory; weights, or optimizer states of a weight's layout.
         masks: one packed mask for each.
+
+    Raises:
+        TypeError: one tensor where a sequence is expected.
+        ValueError: a shape, dtype, device or memory layout that does not fit. Nothing has been changed
+            then.
     """
     if tensors := tensor_list("tensors", tensors):
         _ops.zero_inactive_(tensors, tensor_list("masks", masks))

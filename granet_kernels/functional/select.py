@@ -37,6 +37,11 @@ def prune_(
             be captured in a CUDA graph and its count changed between replays.
         momenta: one for each weight, of its memory layout.
 
+    Raises:
+        TypeError: one tensor where a sequence is expected.
+        ValueError: a shape, dtype, device or memory layout that does not fit, tensors that share memory,
+            or a count out of range. Nothing has been changed then.
+
     Source: the paper's gradual magnitude pruning, section 4.1 and Algorithm 1.
     """
     weights = tensor_list("weights", weights)
@@ -66,6 +71,9 @@ def drop_regrow_(
         scores: one for each weight, its shape, any strides: the dense gradients, as they are.
         drop_fraction: in [0, 1]. A float64 tensor of one element is not read on the host.
 
+    Raises:
+        TypeError, ValueError: as :func:`prune_`, and for a fraction out of range.
+
     Source: the paper's zero-cost neuroregeneration, section 4.2 and Algorithm 1.
     """
     weights = tensor_list("weights", weights)
@@ -93,6 +101,10 @@ def topk_mask(scores: Sequence[Tensor], k: int | Sequence[int] | Tensor) -> list
     Returns:
         Masks of the scores' shapes and dtypes. The gradient of a mask is handed to its scores
         unchanged (straight-through estimator, Bengio et al. 2013).
+
+    Raises:
+        TypeError: one tensor where a sequence is expected.
+        ValueError: a dtype or device that does not fit, or a count out of range.
     """
     scores = tensor_list("scores", scores)
     if not scores:

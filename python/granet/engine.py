@@ -98,10 +98,16 @@ class Sparsifier(ABC):
         init: Literal["masks", "from_zeros"] = "masks",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        """Args as in the class and in :class:`Options`, and:
+        """
+        Args:
+            growth: criterion by which connections grow; None for a method that grows none.
+            settings: the method's hyperparameters, which a resumed run must share.
 
-        growth: criterion by which connections grow; None for a method that grows none.
-        settings: the method's hyperparameters, which a resumed run must share.
+        The others are as in the class and in :class:`Options`.
+
+        Raises:
+            ValueError: a length that is no positive integer, an unknown ``init`` or ``growth``, a model
+                without masked layers, or an optimizer without their weights.
         """
         if not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps: expected an integer of at least 1, got {total_steps!r}")

@@ -24,12 +24,14 @@ class LotteryTicket(Sparsifier):
     before it, and the network returns to what it was early in the first training; the optimizer
     forgets. A learning rate schedule must start over with every round: give it :meth:`step_of_round`.
 
-    Args: as in :class:`granet.GraNet`, and:
-
+    Args:
         rounds: prunes. A fifth of the weights at a time, as published, takes 11 to 90 %.
         rewind_to: the step that the network returns to, or a share of a round; 0 is the
             initialisation (Frankle & Carbin, 2019), a little later is better for deep networks
             (Frankle et al., 2020, arXiv 1912.05671).
+
+    The others, and the errors, are as in :class:`granet.GraNet`; ``total_steps`` must hold a step for
+    each training.
     """
 
     name = "lottery-ticket"

@@ -20,9 +20,11 @@ class OneShot(DynamicSparsifier):
     With the masks of a sparse checkpoint (``init="from_zeros"``) and the sparsity that it has, the
     whole run is fine-tuning at fixed masks.
 
-    Args: as in :class:`granet.GraNet`, and:
+    Args:
+        prune_at: time of the prune, in steps or as ``"50%"`` of the run; 0 prunes the weights that the
+            model comes with.
 
-        prune_at: time of the prune; 0 prunes the weights that the model comes with.
+    The others, and the errors, are as in :class:`granet.GraNet`.
     """
 
     name = "one-shot"

@@ -17,11 +17,12 @@ from granet.topology import Exchange, Regrown
 class RigL(DynamicSparsifier):
     """The rigged lottery: sparse from the start; connections move to where the gradient is largest.
 
-    Args: as in :class:`granet.GraNet`, and:
-
+    Args:
         sparsity: from the first step to the last.
-        update_until: time of the last update; the drop fraction, if it is a number, decays to zero
-            there by a cosine.
+        update_until: time of the last update, in steps or as ``"75%"`` of the run; the drop fraction,
+            if it is a number, decays to zero there by a cosine.
+
+    The others, and the errors, are as in :class:`granet.GraNet`.
     """
 
     name = "rigl"

@@ -19,12 +19,13 @@ class SET(DynamicSparsifier):
 
     It never needs the gradient of an inactive weight.
 
-    Args: as in :class:`granet.GraNet`, and:
-
+    Args:
         sparsity: from the first step to the last.
-        update_until: time of the last update.
+        update_until: time of the last update, in steps or as ``"75%"`` of the run.
         drop: "sign" as published (the same share of positive and of negative weights), or
             "magnitude".
+
+    The others, and the errors, are as in :class:`granet.GraNet`.
     """
 
     name = "set"

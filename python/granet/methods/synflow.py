@@ -18,9 +18,10 @@ class SynFlow(AtStart):
     ``weight * gradient`` of the summed outputs for an input of ones (Eq. 1). Pruning a little at a
     time, with new scores each time, keeps layers from collapsing.
 
-    Args: as in :class:`granet.at_start.AtStart`, and:
-
+    Args:
         rounds: prunes, each leaving the same share of the weights before it.
+
+    The others, and the errors, are as in :class:`granet.at_start.AtStart`.
     """
 
     name = "synflow"
