@@ -36,7 +36,7 @@ def names_for_blocks():
     """What the blocks of a page take for granted."""
     x, y = a_loader()[0]
     names = {"model": a_model(), "build_model": a_model, "loader": a_loader(), "epochs": 4}
-    return names | {"x": x, "y": y, "torch": torch}
+    return names | {"x": x, "y": y}
 
 
 @pytest.fixture
@@ -109,7 +109,8 @@ def test_both_sides_of_the_two_line_diff_run(page, index, sign, names):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_what_a_migration_ends_with_runs(index, names):
-    names |= vars(granet) | {"MaskedSGD": MaskedSGD, "sparsify": sparsify, "total": 25}
+    names |= vars(granet) | {"MaskedSGD": MaskedSGD, "sparsify": sparsify, "torch": torch}
+    names["total"] = 25
     names["args"] = SimpleNamespace(update_frequency=5)
     names["optimizer"] = MaskedSGD(names["model"].parameters(), lr=0.1)
     blocks("docs/migration.md", "diff")[index].side("+").run(names)
