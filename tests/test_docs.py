@@ -46,11 +46,10 @@ def names(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def one_rank(names):
+def one_rank():
     """A process group of this process, for the page on many."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        names["mesh"] = dist.device_mesh.init_device_mesh("cpu", (1,))
         yield
     finally:
         dist.destroy_process_group()
