@@ -227,7 +227,7 @@ def test_the_quickstart_from_top_to_bottom(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if page != "docs/cli.md"])
-def test_plans_and_listings_are_made(page, capsys):
+def test_listings_are_printed(page, capsys):
     for command in dict.fromkeys(commands(page)):
         words = words_of(command)
         if words[0] == "granet" and words[1] in ("methods", "recipes"):

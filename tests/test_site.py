@@ -130,6 +130,11 @@ def test_every_public_name_is_on_a_page_of_the_api(package, site):
     prefix = package.__name__
     missing = [name for name in package.__all__ if f'id="{prefix}.{name}"' not in text]
     assert missing == []
+    modules = re.findall(
+        rf'<h\d id="{prefix}\.(\w+)"[^>]*>\s*<code class="doc-symbol doc-symbol-heading doc-symbol-module',
+        text,
+    )
+    assert set(modules).isdisjoint(package.__all__)  # of the same name
 
 
 def test_roles_of_docstrings_are_links(site):

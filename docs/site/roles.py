@@ -19,10 +19,18 @@ class Roles(griffe.Extension):
 
 
 def _link(name: str, obj: griffe.Object) -> str:
-    path = name
-    if not name.startswith(("granet", "torch")):
-        scope = obj if obj.is_class or obj.is_module else obj.parent
-        while scope is not None and name.split(".")[0] not in scope.members:
-            scope = scope.parent
-        path = f"{scope.path}.{name}" if scope else name
+    path = name if name.startswith(("granet", "torch")) else _path(name, obj)
     return f'<autoref optional identifier="{path}"><code>{name}</code></autoref>'
+
+
+def _path(name: str, obj: griffe.Object) -> str:
+    """Of a name as it is known where a docstring stands: in its class, or its module."""
+    first, *rest = name.split(".")
+    scope = obj if obj.is_class or obj.is_module else obj.parent
+    while scope is not None and first not in scope.members:
+        scope = scope.parent
+    if scope is None:
+        return name
+    member = scope.members[first]
+    path = member.target_path if isinstance(member, griffe.Alias) else member.path
+    return ".".join([path, *rest])

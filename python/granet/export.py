@@ -1,9 +1,9 @@
 """Trained networks in other forms: dense, compact, ONNX, and as the compressed CPU model.
 
-dense        a plain state_dict (torch.save): no masks, zeros where weights are inactive
-safetensors  of each masked weight its bits and its active values alone; everything else as it is
-compressed   the state_dict of ``granet_kernels.compress(model)``, for inference on a CPU
-onnx         the dense network in evaluation mode, for onnxruntime and its like
+- dense: a plain state_dict (torch.save): no masks, zeros where weights are inactive
+- safetensors: of each masked weight its bits and its active values alone; everything else as it is
+- compressed: the state_dict of ``granet_kernels.compress(model)``, for inference on a CPU
+- onnx: the dense network in evaluation mode, for onnxruntime and its like
 """
 
 from __future__ import annotations
