@@ -12,7 +12,9 @@ from torch import nn
 
 import granet
 import granet_kernels
-from granet import cli
+from granet import cli, recipes
+from granet.config import build_config
+from granet.flags import flags_given, parse_settings
 from granet_kernels import MaskedSGD, masked_layers, sparsify
 from granet_kernels.ops import registry
 from tests.pages import ROOT, blocks, inline_code, pages
@@ -20,8 +22,8 @@ from tests.pages import ROOT, blocks, inline_code, pages
 RUN_ELSEWHERE = {"docs/integrations.md": "tests/test_integrations.py"}
 NO_COMMANDS = {"docs/architecture.md": 1}
 """Indented blocks that are pictures, not commands."""
-OTHERS = {"--no-build-isolation", "--dryrun", "--help", "--html"}
-"""Flags of pip, of nvcc, of every command, and one of `granet report` that is on its way."""
+OTHERS = {"--no-build-isolation", "--dryrun", "--nproc-per-node", "--help", "--html"}
+"""Flags of pip, nvcc, torchrun, every command, and one of `granet report` that is on its way."""
 
 
 def a_loader():
@@ -195,7 +197,8 @@ def check_granet(words, command):
         args.resume is not None or any("/" in name for name in args.config)
     )
     if args.command == "train" and not needs_a_run:
-        cli.settings(args)
+        files = map(recipes.read, args.config)
+        build_config(*files, parse_settings(args.settings) | flags_given(args))
 
 
 def check_extras(words):
