@@ -84,5 +84,6 @@ def joined() -> Iterator[Processes]:
     dist.init_process_group()  # gloo for tensors on the CPU and, where there are GPUs, NCCL for theirs
     try:
         yield processes
+        dist.barrier()  # one that leaves early would abort the others' last messages
     finally:
         dist.destroy_process_group()
