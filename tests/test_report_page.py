@@ -226,3 +226,15 @@ def test_updates_add_up_their_layers() -> None:
 def test_a_mean_is_of_what_all_have() -> None:
     assert mean_of([[(1, 2.0), (2, 4.0)], [(1, 4.0)]]) == [(1, 3.0)]
     assert mean_of([[(1, 2.0)]]) == [(1, 2.0)]
+
+
+def test_a_run_that_averages_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its network is the average; what computed its layers is told of training."""
+    monkeypatch.setattr(build, "create_model", make_network)
+    train(tiny_config(tmp_path, model_ema=True, model_ema_decay=0.5))
+    page = Page(page_of(tmp_path))
+    rows = page.table("layer", last="granet · 0.9")
+    assert sum(int(row[4].split(" ")[0]) for row in rows) == 159
+    [machine] = page.table("run", last="an epoch")
+    if machine[2].startswith("cpp"):
+        assert "not recorded" not in {row[1] for row in page.tables[-1]}
