@@ -96,6 +96,10 @@ class Setup:
         return self.runs[0].result.config
 
     @property
+    def is_repeated(self) -> bool:
+        return len(self.runs) > 1
+
+    @property
     def is_dense(self) -> bool:
         return self.config.method == "dense"
 
