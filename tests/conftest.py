@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # A machine with a GPU need not have the extras: what cannot be imported there is left out, and said.
 PROGRAM = ("pydantic", "yaml")
+PAGE = ("jinja2", "matplotlib", "PIL")
 NEEDS = {
     "test_compress_networks.py": ("torchvision",),
     "test_data.py": ("torchvision", "PIL", "sklearn"),
@@ -43,7 +44,11 @@ NEEDS = {
     "test_config.py": PROGRAM,
     "test_checkpoint.py": PROGRAM,
     "test_recipes.py": PROGRAM,
+    "test_machine.py": (*PROGRAM, "sklearn"),
     "test_report.py": PROGRAM,
+    "test_report_browser.py": (*PROGRAM, *PAGE, "sklearn"),
+    "test_report_charts.py": PAGE,
+    "test_report_page.py": (*PROGRAM, *PAGE, "sklearn"),
     "test_packaging.py": ("cmake",),
     "test_cuda_simt.py": ("pybind11",),
     "test_triton.py": ("triton",),

@@ -87,6 +87,7 @@ def test_wheel_holds_both_packages_and_the_extension(tree):
     expected |= {"granet_kernels/py.typed", "granet/py.typed", "granet_kernels/_native.pyi"}
     recipes = (ROOT / "python" / "granet" / "recipes").glob("*.yaml")
     expected |= {f"granet/recipes/{path.name}" for path in recipes}
+    expected |= {"granet/page/page.css", "granet/page/page.html"}
     expected |= {"granet_kernels/_granet_ops.so"}
     expected |= {"granet_kernels/_granet_cuda.so"} if HAS_NVCC else set()
     installed = {name for name in names if ".dist-info/" not in name}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from granet import report
+from granet import report, runs
 from granet.checkpoint import ENTRIES, save_checkpoint
 from granet.config import TrainConfig
 from granet.telemetry import Summary, read_summary, write_summary
@@ -30,18 +30,18 @@ def masked_state(weight: list[float], mask: list[int]) -> dict[str, Tensor]:
 
 
 def test_counting_by_hand() -> None:
-    counted = report.count_weights(masked_state([1, 0, -0.0, 2, 0], [1, 0, 0, 1, 1]), "x.pt")
-    assert counted == report.WeightCount(total=5, zero=3, inactive=2)
+    counted = runs.count_weights(masked_state([1, 0, -0.0, 2, 0], [1, 0, 0, 1, 1]), "x.pt")
+    assert counted == runs.WeightCount(total=5, zero=3, inactive=2)
     assert counted.active == 3
     assert counted.sparsity == 0.4
     dense = {"conv.weight": torch.ones(2, 3), "norm.weight": torch.zeros(4)}
-    assert report.count_weights(dense, "x.pt") == report.WeightCount(total=6, zero=0, inactive=0)
+    assert runs.count_weights(dense, "x.pt") == runs.WeightCount(total=6, zero=0, inactive=0)
 
 
 def test_a_revived_weight_is_an_error() -> None:
     message = r"x\.pt: conv\.weight: expected zeros where the mask is off, got 1 weights"
     with pytest.raises(ValueError, match=message):
-        report.count_weights(masked_state([1, 0, 3], [1, 0, 0]), "x.pt")
+        runs.count_weights(masked_state([1, 0, 3], [1, 0, 0]), "x.pt")
 
 
 def make_run(
@@ -86,7 +86,7 @@ def test_seeds_make_one_row(tmp_path: Path) -> None:
         make_run(tmp_path / "dense", method="dense", test_acc=97.5),
         make_run(tmp_path / "a1", seed=1, test_acc=92.0, seconds=14.0),
     ]
-    header, rows = report.table([report.read_run(path) for path in paths])
+    header, rows = report.table([runs.read_run(path) for path in paths])
     assert header == list(report.COLUMNS)
     assert rows == [
         ["granet", "0.5000", "91.00 ± 1.41", "2", "0.750", "0.500", "12 ± 3", "2"],
@@ -100,7 +100,7 @@ def test_what_else_differs_gets_a_column(tmp_path: Path) -> None:
         make_run(tmp_path / "b", lr=0.2),
         make_run(tmp_path / "c", method="dense", init_sparsity=0.1),
     ]
-    header, rows = report.table([report.read_run(path) for path in paths])
+    header, rows = report.table([runs.read_run(path) for path in paths])
     assert header[:4] == ["method", "lr", "update_freq", "sparsity"]
     assert [row[:3] for row in rows] == [
         ["granet", "0.1", "5"],
@@ -110,7 +110,7 @@ def test_what_else_differs_gets_a_column(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
-    run = report.read_run(make_run(tmp_path / "a", finished=False))
+    run = runs.read_run(make_run(tmp_path / "a", finished=False))
     _, rows = report.table([run])
     expected = ["granet", "0.5000", "-", "2", "0.250", "-", "5", "1 (1 unfinished)"]
     assert rows == [expected]
@@ -123,17 +123,17 @@ def test_a_summary_that_does_not_match_the_checkpoint_is_an_error(tmp_path: Path
     with pytest.raises(
         ValueError, match=r"expected 3 active weights as in summary\.yaml, counted 2"
     ):
-        report.read_run(directory)
+        runs.read_run(directory)
     (directory / "summary.yaml").write_text("epochs: 3")
     with pytest.raises(ValueError, match=r"summary\.yaml: expected a summary of a granet run"):
-        report.read_run(directory)
+        runs.read_run(directory)
 
 
 def test_the_last_line_says_whether_counts_agree(tmp_path: Path) -> None:
-    good = report.read_run(make_run(tmp_path / "good"))
+    good = runs.read_run(make_run(tmp_path / "good"))
     [line] = report.agreement([good, good])
     assert line.endswith("what the runs printed: 2.")
-    stray = report.read_run(make_run(tmp_path / "stray", weight=(1, 0, 0, 0)))
+    stray = runs.read_run(make_run(tmp_path / "stray", weight=(1, 0, 0, 0)))
     assert report.agreement([good, stray]) == [
         f"{tmp_path / 'stray'}: 1 active weights are exactly 0, besides the 2 inactive ones"
     ]
@@ -151,8 +151,8 @@ def test_plain_columns_line_up() -> None:
 def test_runs_are_found_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "b", seed=1)
     make_run(tmp_path / "a")
-    assert report.find_runs(tmp_path) == [tmp_path / "a", tmp_path / "b"]
-    assert report.find_runs(tmp_path / "b") == [tmp_path / "b"]
+    assert runs.find_runs(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    assert runs.find_runs(tmp_path / "b") == [tmp_path / "b"]
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
     table = tmp_path / "table.csv"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from granet.checkpoint import Checkpoint, load_checkpoint
 from granet.distributions import DISTRIBUTIONS, layer_budgets
-from granet.report import MASK_SUFFIX, show
+from granet.report import show
+from granet.runs import MASK_SUFFIX
 from granet.telemetry import LAST
 from granet_kernels import unpack_mask
 

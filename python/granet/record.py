@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from torch import nn
+
 from granet.config import TrainConfig, write_config_file
+from granet.machine import AlgorithmChange, AlgorithmWatch, Machine, append_machine
 from granet.monitor import LayerChange, Scalars, Sink
 from granet.progress import Progress
 from granet.telemetry import (
+    ALGORITHMS,
     ARGS,
+    MACHINE,
     METRICS,
     TOPOLOGY,
     EpochMetrics,
@@ -35,6 +40,9 @@ class Record(Protocol):
     def running(self, epoch: int, step: int, loss: float, lr: float) -> None:
         """Loss of the newest step."""
 
+    def trained(self, epoch: int) -> None:
+        """An epoch's last step is done; validation follows."""
+
     def epoch(self, metrics: EpochMetrics) -> None:
         """An epoch's result."""
 
@@ -48,12 +56,27 @@ class Record(Protocol):
 class RunRecord:
     """Writes into the run's directory, from where the run stands, and shows it to the user.
 
+    Args:
+        directory: the run's.
+        config: the run.
+        progress: where it stands.
+        total_steps: its length.
+        machine: what computes it from here on.
+        layers: those whose algorithm is noted, masked ones by name.
+
     Raises:
         ValueError: a table that is there cannot be continued.
     """
 
     def __init__(
-        self, directory: Path, config: TrainConfig, progress: Progress, total_steps: int
+        self,
+        directory: Path,
+        config: TrainConfig,
+        progress: Progress,
+        total_steps: int,
+        *,
+        machine: Machine,
+        layers: Mapping[str, nn.Module],
     ) -> None:
         self._directory = directory
         self._epochs, self._total_steps, self._first_step = (
@@ -63,7 +86,12 @@ class RunRecord:
         )
         self._metrics = Table(directory / METRICS, EpochMetrics, key="epoch", until=progress.epoch)
         self._topology = Table(directory / TOPOLOGY, LayerChange, key="step", until=progress.step)
+        self._algorithms = Table(
+            directory / ALGORITHMS, AlgorithmChange, key="epoch", until=progress.epoch
+        )
+        self._watch = AlgorithmWatch(layers)
         write_config_file(directory / ARGS, config)
+        append_machine(directory / MACHINE, machine)
 
     def begin(self) -> None:
         """Open the events and the display."""
@@ -84,6 +112,10 @@ class RunRecord:
         """On the terminal and in the events."""
         self._display.running(epoch, step, loss, lr)
         self._events.running(step, loss, lr)
+
+    def trained(self, epoch: int) -> None:
+        """Rows of algorithms.csv: what validation will choose is another matter."""
+        self._algorithms.append(*self._watch.changes(epoch))
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """A row of metrics.csv, a line on the terminal, and the events."""
@@ -119,6 +151,9 @@ class NoRecord:
         """Nothing."""
 
     def running(self, epoch: int, step: int, loss: float, lr: float) -> None:
+        """Nothing."""
+
+    def trained(self, epoch: int) -> None:
         """Nothing."""
 
     def epoch(self, metrics: EpochMetrics) -> None:

@@ -18,7 +18,8 @@ from granet.checkpoint import load_checkpoint
 from granet.config import TrainConfig, build_config
 from granet.flags import add_config_flags, add_flags, settings_given
 from granet.paper import figure
-from granet.report import read_run, show, spread
+from granet.report import show, spread
+from granet.runs import read_run
 from granet.stopping import Stopped
 from granet.telemetry import LAST, SUMMARY
 

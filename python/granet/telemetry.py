@@ -3,8 +3,10 @@
 A run directory holds
 
     args.yaml      the configuration; `granet train -c` reads it
+    machine.yaml   device, backend and versions, an entry for each start (`granet.machine.Machine`)
     metrics.csv    one row an epoch (`EpochMetrics`)
     topology.csv   one row for each layer in each update (`granet.monitor.LayerChange`)
+    algorithms.csv which kernels compute which layer, a row a change (`granet.machine.AlgorithmChange`)
     events.out.*   the same numbers for TensorBoard, and the running loss
     last.pt        the newest checkpoint (granet.checkpoint)
     best.pt        the checkpoint of the epoch that was best on the validation images, among those
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 ARGS, METRICS, TOPOLOGY, SUMMARY = "args.yaml", "metrics.csv", "topology.csv", "summary.yaml"
+MACHINE, ALGORITHMS = "machine.yaml", "algorithms.csv"
 LAST, BEST = "last.pt", "best.pt"
 
 
@@ -117,7 +120,7 @@ def read_summary(path: Path) -> Summary:
         raise ValueError(f"{path}: expected a summary of a granet run: {error}") from None
 
 
-def _read_rows(path: Path, columns: list[str], key: str) -> list[dict[str, str]]:
+def read_rows(path: Path, columns: list[str], key: str) -> list[dict[str, str]]:
     """The rows of a table that was perhaps edited by hand, or cut short by a crash."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -140,7 +143,7 @@ class Table:
         columns = [field.name for field in dataclasses.fields(row)]
         rows: list[dict[str, str]] = []
         if path.exists():
-            rows = _read_rows(path, columns, key)
+            rows = read_rows(path, columns, key)
         temporary = path.with_suffix(".csv.tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")

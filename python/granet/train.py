@@ -25,6 +25,7 @@ from granet.checkpoint import (
 from granet.config import TrainConfig, resume_conflicts
 from granet.data import derive_seed
 from granet.flops import TrainingFlops, inference_flops, measure
+from granet.machine import this_machine
 from granet.monitor import TopologyMonitor
 from granet.passes import Passes
 from granet.processes import Processes, joined
@@ -129,7 +130,20 @@ class Trainer:
             self.restore(resume)
         self.record: Record = NoRecord()
         if processes.is_first:
-            self.record = RunRecord(self.directory, config, self.progress, self.total_steps)
+            machine = this_machine(
+                self.device,
+                step=self.progress.step,
+                processes=processes.count,
+                is_masked=bool(self.masked),
+            )
+            self.record = RunRecord(
+                self.directory,
+                config,
+                self.progress,
+                self.total_steps,
+                machine=machine,
+                layers=masked_layers(self.model),
+            )
         self.active_fraction = self.active_fractions()
         self.first_step = self.progress.step
 
@@ -205,6 +219,7 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Validate, record the epoch's row, keep the checkpoint, and the best one."""
         progress = self.progress
+        self.record.trained(progress.epoch + 1)
         self.processes.add(self.running.sums)
         train_loss, train_acc = self.running.means()
         val_loss, val_acc = self.evaluate(self.source.val_batches())
