@@ -23,7 +23,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from granet import METHODS, GraNet
+from granet import METHODS, GraNet, build
+from granet.config import TrainConfig
+from granet.passes import Passes
+from granet.processes import started_by_torchrun
 from granet.schedules import Constant
 from granet_kernels import MaskedSGD, sparsify
 
@@ -313,6 +316,39 @@ def save(directory: Path, model: nn.Module, sparsifier: Any, name: str = "result
         torch.save({"model": weights, "masks": masks}, directory / name)
 
 
+# --- granet train ---------------------------------------------------------------------------------
+
+
+def passes(directory: Path) -> None:
+    """Gradients and metrics of two accumulated batches a process, beside those of all in one process."""
+    config = TrainConfig(grad_accum_steps=2, smoothing=0.1, clip_grad=0.05)
+    processes = started_by_torchrun()
+    ours, alone = network(), network()
+    batches = [batch(number) for number in range(2 * processes.count)]
+    mine = batches[processes.rank :: processes.count]
+    seen: list[int] = []
+    passing = Passes(config, ours, torch.device("cpu"), processes=processes)
+    optimizer = MaskedSGD(ours.parameters(), lr=0.5)
+    scaler = build.build_scaler(config, torch.device("cpu"))
+    assert passing.step(mine, lambda *_: seen.append(1), optimizer, scaler)
+    assert len(seen) == 2
+
+    for images, labels in batches:
+        loss = nn.functional.cross_entropy(alone(images), labels, label_smoothing=0.1)
+        (loss / len(batches)).backward()
+    nn.utils.clip_grad_norm_(alone.parameters(), 0.05)
+    MaskedSGD(alone.parameters(), lr=0.5).step()
+    for got, expected in zip(ours.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+    few = batches[:3]  # of which one process has two
+    expected_loss = torch.stack([loss_of(alone, *some) for some in few]).mean()
+    loss_value, accuracy = passing.evaluate(iter(few[processes.rank :: processes.count]))
+    assert abs(loss_value - float(expected_loss)) < 1e-9
+    correct = sum(int((alone(images).argmax(1) == labels).sum()) for images, labels in few)
+    assert accuracy == 100 * correct / (3 * BATCH)
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     case.__name__: case
     for case in (
@@ -327,6 +363,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         fsdp_save,
         fsdp_load,
         fsdp_refused,
+        passes,
     )
 }
 

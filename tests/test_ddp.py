@@ -101,4 +101,5 @@ def test_a_fingerprint_tells_masks_apart() -> None:
 def test_every_case_is_started_by_a_test() -> None:
     here = Path(__file__)
     text = here.read_text() + here.with_name("test_fsdp.py").read_text()
+    text += here.with_name("test_torchrun.py").read_text()
     assert all(f'"{name}"' in text for name in rank_cases.CASES)

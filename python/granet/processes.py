@@ -6,6 +6,7 @@ run's files and speaks to the user. Without torchrun there is one process, and n
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -86,4 +87,7 @@ def joined() -> Iterator[Processes]:
         yield processes
         dist.barrier()  # one that leaves early would abort the others' last messages
     finally:
+        # Before the interpreter ends, or a thread of gloo's that runs still aborts the process: it ends
+        # with the last of those that hold the group, DDP among them.
+        gc.collect()
         dist.destroy_process_group()

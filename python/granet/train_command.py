@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; the exit status."""
+    """Train, or evaluate; the exit status."""
     with ExitStack() as surroundings:
         with user_errors("train"):
             from granet import train
@@ -72,16 +72,27 @@ def run(args: argparse.Namespace) -> int:
             processes = surroundings.enter_context(train.surroundings(config))
             if args.eval_only:
                 return _evaluate(config, checkpoint, processes)
-            trainer = train.Trainer(
-                config, processes, resume=checkpoint, stop_after=args.stop_after
-            )
-        # Outside: an error in the middle of training is not the user's, and deserves its traceback.
-        try:
-            trainer.run()
-        except Stopped as stop:
-            if processes.is_first:
-                print(stop, file=sys.stderr)
-            return 0 if stop.signal_number is None else 128 + stop.signal_number
+        return _train(config, checkpoint, processes, args.stop_after)
+
+
+def _train(
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    processes: Processes,
+    stop_after: int | None,
+) -> int:
+    """Train; the exit status."""
+    with user_errors("train"):
+        from granet.train import Trainer
+
+        trainer = Trainer(config, processes, resume=checkpoint, stop_after=stop_after)
+    # Outside: an error in the middle of training is not the user's, and deserves its traceback.
+    try:
+        trainer.run()
+    except Stopped as stop:
+        if processes.is_first:
+            print(stop, file=sys.stderr)
+        return 0 if stop.signal_number is None else 128 + stop.signal_number
     return 0
 
 
