@@ -1,0 +1,29 @@
+"""What figures were measured on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def cpu_name() -> str:
+    """The processor's own name, or else the architecture's."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's with what PyTorch uses of it."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    threads = torch.get_num_threads()
+    unit = "thread" if threads == 1 else "threads"
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {threads} {unit}"
