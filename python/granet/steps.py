@@ -1,9 +1,9 @@
 """What `granet bench` times: training and inference steps of a network, dense and sparse.
 
-dense       training: torch.optim.SGD with momentum, fused; inference: batch norms folded into
-            the convolutions before them
-masked      random masks; training: MaskedSGD; inference: the masked network as it is
-compressed  inference on a CPU: granet_kernels.compress of the masked network
+- dense: training with torch.optim.SGD, fused, with momentum; inference with batch norms folded into the
+  convolutions before them
+- masked: random masks; training with MaskedSGD; inference of the masked network as it is
+- compressed: inference of ``granet_kernels.compress(masked)``, on a CPU
 """
 
 from __future__ import annotations
