@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from granet import bench_command, roofline, steps, stopwatch, throughput
+from granet import bench_report, roofline, steps, stopwatch, throughput
 from granet.cli import main
 from granet.flops import measure, measure_activations
 from granet.roofline import Rates, Work, Yardsticks
@@ -386,11 +386,37 @@ def test_memory_has_a_column_where_it_is_known() -> None:
         p20_ms=1.0, p80_ms=3.0, speedup=1.0, parameters=10, active_weights=10, flops=2e6,
         utilisation=0.5, attainable_ms=1.0, roofline_share=0.6, rates=RATES, peak_bytes=None,
     )  # fmt: skip
-    header, [row] = bench_command.table([result])
+    header, [row] = bench_report.table([result])
     assert "peak MiB" not in header
     assert row[2:] == ["4,000", "2.00 (1.00-3.00)", "1.00", "10", "1.00", "50.0%", "60.0%"]
-    header, [row] = bench_command.table([dataclasses.replace(result, peak_bytes=3 << 20)])
+    header, [row] = bench_report.table([dataclasses.replace(result, peak_bytes=3 << 20)])
     assert (header[-1], row[-1]) == ("peak MiB", "3")
+
+
+def test_peak_memory_is_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [500]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[-1])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.append(100))
+    with throughput._counted_memory(torch.device("cuda")) as peak:
+        assert peak(lambda: peaks.append(350)) == 250
+    with throughput._counted_memory(CPU) as peak:
+        assert peak(lambda: peaks.append(900)) is None
+    assert peaks[-1] == 350  # nothing runs for a count that there is not
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MATRIX_SIDE", "IMAGES", "TENSOR_BYTES"):
+        sizes = getattr(roofline, name)
+        monkeypatch.setattr(roofline, name, sizes | {"cuda": sizes["cpu"]})
+    path = tmp_path / "rows.csv"
+    assert bench("--device", "cuda", "--sparsity", "0.5", "--amp", "--csv", str(path)) == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["network"] for row in rows] == ["dense", "masked"] * 2
+    assert all(int(row["peak_bytes"]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -398,5 +424,5 @@ def test_memory_has_a_column_where_it_is_known() -> None:
     [(0.01234, "0.0123"), (1.5, "1.50"), (45.678, "45.7"), (1234.5, "1,234"), (0.0, "0")],
 )
 def test_three_digits(value: float, text: str) -> None:
-    assert bench_command._digits(value) == text
+    assert bench_report.digits(value) == text
     assert math.isfinite(value)

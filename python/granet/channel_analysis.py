@@ -19,6 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from granet.channels import (
     Channels,
+    Groups,
     Layer,
     absorbs,
     cut_constant,
@@ -31,6 +32,13 @@ from granet.channels import (
     varying,
 )
 from granet.graph_nodes import (
+    ADDITIONS,
+    CONSTANT_POOL_FUNCTIONS,
+    CONSTANT_POOLS,
+    ELEMENTWISE,
+    ELEMENTWISE_FUNCTIONS,
+    ELEMENTWISE_METHODS,
+    PRODUCTS,
     are_positions,
     asks_for_batch_size,
     caller,
@@ -39,52 +47,6 @@ from granet.graph_nodes import (
     shape_of,
 )
 from granet_kernels.nn.fuse import is_hooked, may_write
-
-ELEMENTWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh,
-    nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout2d,
-)  # fmt: skip
-ELEMENTWISE_FUNCTIONS = (
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
-    F.sigmoid, F.tanh, torch.relu, torch.relu_, torch.sigmoid, torch.tanh,
-)  # fmt: skip
-ELEMENTWISE_METHODS = (
-    "relu",
-    "relu_",
-    "sigmoid",
-    "sigmoid_",
-    "tanh",
-    "tanh_",
-    "contiguous",
-    "clone",
-)
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-CONSTANT_POOLS = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-"""That make a constant of a constant, whatever their padding."""
-CONSTANT_POOL_FUNCTIONS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.max_pool2d)
-
-
-class Groups:
-    """Things by number, some of them joined."""
-
-    def __init__(self) -> None:
-        self._parents: list[int] = []
-
-    def add(self) -> int:
-        """A thing of its own."""
-        self._parents.append(len(self._parents))
-        return self._parents[-1]
-
-    def find(self, thing: int) -> int:
-        """The one that stands for all that are joined with it."""
-        while self._parents[thing] != thing:
-            self._parents[thing] = self._parents[self._parents[thing]]
-            thing = self._parents[thing]
-        return thing
-
-    def join(self, left: int, right: int) -> None:
-        self._parents[self.find(left)] = self.find(right)
 
 
 class Analysis:

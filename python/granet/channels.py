@@ -16,6 +16,28 @@ from torch import Tensor, nn
 VARIES = math.nan
 
 
+class Groups:
+    """Things by number, some of them joined."""
+
+    def __init__(self) -> None:
+        self._parents: list[int] = []
+
+    def add(self) -> int:
+        """A thing of its own."""
+        self._parents.append(len(self._parents))
+        return self._parents[-1]
+
+    def find(self, thing: int) -> int:
+        """The one that stands for all that are joined with it."""
+        while self._parents[thing] != thing:
+            self._parents[thing] = self._parents[self._parents[thing]]
+            thing = self._parents[thing]
+        return thing
+
+    def join(self, left: int, right: int) -> None:
+        self._parents[self.find(left)] = self.find(right)
+
+
 @dataclass(frozen=True, slots=True)
 class Channels:
     """Those of a tensor."""

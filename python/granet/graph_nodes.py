@@ -1,4 +1,4 @@
-"""Questions about the nodes of a traced graph."""
+"""Questions about the nodes of a traced graph, and which operations are understood."""
 
 from __future__ import annotations
 
@@ -7,7 +7,33 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh,
+    nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout2d,
+)  # fmt: skip
+ELEMENTWISE_FUNCTIONS = (
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
+    F.sigmoid, F.tanh, torch.relu, torch.relu_, torch.sigmoid, torch.tanh,
+)  # fmt: skip
+ELEMENTWISE_METHODS = (
+    "relu",
+    "relu_",
+    "sigmoid",
+    "sigmoid_",
+    "tanh",
+    "tanh_",
+    "contiguous",
+    "clone",
+)
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+CONSTANT_POOLS = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+"""That make a constant of a constant, whatever their padding."""
+CONSTANT_POOL_FUNCTIONS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.max_pool2d)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

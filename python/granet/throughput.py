@@ -81,6 +81,10 @@ class Failure:
     sparsity: float
     reason: str
 
+    def __str__(self) -> str:
+        reason = " ".join(self.reason.split())[:200]
+        return f"{self.network}, {self.sparsity:g}: left out, {reason}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Subject:
