@@ -19,6 +19,7 @@ from granet.export import PROGRAMS, export_program
 from granet.models import create_model
 from granet.train import train
 from granet_kernels import masked_layers, sparsify
+from tests.random_networks import random_network
 from tests.tiny_runs import tiny, tiny_config  # noqa: F401
 
 DEAD = [1, 3]
@@ -423,6 +424,21 @@ def test_networks(name: str) -> None:
     assert removal.dead[1] < removal.dead[0]
     again = remove_dead_channels(removal.model, (3, 32, 32))
     assert again.channels == {}
+
+
+def test_random_networks() -> None:
+    count = 0
+    for seed in range(60):
+        network = random_network(seed)
+        removal = remove_dead_channels(network, (3, 10, 10))
+        images = 3 * torch.randn(4, 3, 10, 10).double()
+        with torch.no_grad():
+            expected, result = network(images), removal.model(images)
+        assert torch.allclose(result, expected, rtol=0, atol=1e-9 * float(expected.abs().max())), (
+            seed
+        )
+        count += sum(before - after for before, after in removal.channels.values())
+    assert count > 300
 
 
 # What comes out
