@@ -12,7 +12,7 @@ import torch
 from granet.host import device_name
 from granet.steps import Setting
 from granet.throughput import Result
-from granet_kernels.ops.registry import backend_for
+from granet_kernels.ops import backend_for
 
 LEGEND = """\
 ms: median of a step (20 % to 80 % quantile); x dense: median over rounds of the ratio within a round
@@ -24,12 +24,20 @@ over measured time, layer by layer (help(granet.roofline) defines it)"""
 def device_line(setting: Setting, result: Result) -> str:
     """What a table was measured on, and what it is measured by."""
     rates, kind = result.rates, setting.device.type
+    processor = (
+        "" if kind == "cuda" else f", {torch.backends.cpu.get_cpu_capability()}, {_threads()}"
+    )
     dtype = str(setting.compute_dtype).removeprefix("torch.")
     return (
-        f"{kind}: {device_name(setting.device)}; layers by {backend_for('masked_conv2d', kind)}; "
+        f"{kind}: {device_name(setting.device)}{processor}; layers by {backend_for('masked_conv2d', kind)}; "
         f"{dtype} {digits(rates.flops_per_second / 1e9)} GFLOP/s, memory "
         f"{digits(rates.bytes_per_second / 1e9)} GB/s"
     )
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -62,6 +70,7 @@ def row_of(setting: Setting, result: Result) -> Mapping[str, object]:
     return {
         "device": setting.device.type,
         "device_name": device_name(setting.device),
+        "threads": torch.get_num_threads(),
         "backend": backend_for("masked_conv2d", setting.device.type),
         "torch": torch.__version__,
         "model": setting.model,

@@ -21,9 +21,5 @@ def cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's with what PyTorch uses of it."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    threads = torch.get_num_threads()
-    unit = "thread" if threads == 1 else "threads"
-    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {threads} {unit}"
+    """The model of the card, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
