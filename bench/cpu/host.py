@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
 from bench.machine import slug, version_of
-
-
-def cpu_name() -> str:
-    """The processor's own name, or else the architecture's."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+from granet.host import cpu_name
 
 
 def folder_name() -> str:

@@ -7,12 +7,12 @@ rounds of the ratio of a round, not the ratio of two medians.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from granet.stopwatch import spread
 
 Seconds = Mapping[str, float]
 """What one run took, by the name of the measure ("forward", "forward+backward")."""
@@ -156,7 +156,7 @@ class Race:
         ratios = [
             base / own for base, own in zip(base_times[measure], own_times[measure], strict=True)
         ]
-        low, high = _spread(ratios)
+        low, high = spread(ratios)
         return Comparison(
             baseline_variant=slow.contender.variant,
             baseline_ms=_median_ms(base_times[measure]),
@@ -195,17 +195,6 @@ class Race:
         )
 
 
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Python's garbage collector waits: a collection would be timed with whoever triggers it."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def _total(once: Seconds) -> float:
     """The longest measure: the others are parts of it."""
     return max(once.values())
@@ -218,11 +207,3 @@ def _hopeless(once: Seconds, rival: Seconds) -> bool:
 
 def _median_ms(times: Sequence[float]) -> float:
     return statistics.median(times) * 1e3
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """20 % and 80 % quantile."""
-    if len(values) < 2:
-        return values[0], values[0]
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return deciles[1], deciles[7]

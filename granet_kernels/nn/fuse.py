@@ -228,26 +228,10 @@ class Chains:
         """Whether the layer sees the same input if it is computed later: nothing may write to it."""
         node = chain.layer.next
         while node is not until:
-            if node not in chain.nodes and self._may_write(node):
+            if node not in chain.nodes and may_write(self._root, node):
                 return False
             node = node.next
         return True
-
-    def _may_write(self, node: fx.Node) -> bool:
-        """Whether a node may change a tensor in place; what is not known may."""
-        flagged = any(arg is True for arg in node.args) or "out" in node.kwargs
-        if flagged or node.kwargs.get("inplace"):
-            return True
-        if node.op == "call_module":
-            module = self._module(node)
-            known = type(module).__module__.startswith(("torch.nn.", "granet_kernels."))
-            childless = module is not None and not module._modules and not is_hooked(module)
-            return not (known and childless) or bool(getattr(module, "inplace", False))
-        if node.op == "call_method":
-            return str(node.target).endswith("_")
-        if node.op == "call_function":
-            return _may_write_function(node.target)
-        return False
 
     def _is_relu(self, node: fx.Node, chain: Chain) -> bool:
         if not isinstance(self._module(chain.layer), MaskedLayer):
@@ -270,6 +254,24 @@ class Chains:
 
 def _takes_one(node: fx.Node) -> bool:
     return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+
+
+def may_write(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node of a graph of ``root`` may change a tensor in place; what is not known may."""
+    flagged = any(arg is True for arg in node.args) or "out" in node.kwargs
+    if flagged or node.kwargs.get("inplace"):
+        return True
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        known = type(module).__module__.startswith(("torch.nn.", "granet_kernels."))
+        return not known or bool(module._modules) or is_hooked(module) or _is_in_place(module)
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.op == "call_function" and _may_write_function(node.target)
+
+
+def _is_in_place(module: nn.Module) -> bool:
+    return bool(getattr(module, "inplace", False))
 
 
 def _may_write_function(function: Any) -> bool:

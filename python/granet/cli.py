@@ -27,6 +27,7 @@ COMMANDS = {
     "recipes": ("recipes", "list the settings that granet train -c knows by name"),
     "plasticity": ("plasticity_command", "measure how networks recover from being pruned"),
     "sweep": ("sweep", "train methods x sparsities x seeds, and compare them in a table"),
+    "bench": ("bench_command", "how fast a network is, dense and sparse, beside the machine"),
     "report": ("report", "compare runs in a table, or on a page"),
 }
 """Subcommand -> its module, which has `add_arguments` and `run`, and what it is for.

@@ -4,6 +4,10 @@
 - safetensors: of each masked weight its bits and its active values alone; everything else as it is
 - compressed: the state_dict of ``granet_kernels.compress(model)``, for inference on a CPU
 - onnx: the dense network in evaluation mode, for onnxruntime and its like
+
+A network that has lost its dead channels (`dead_channels`) is no longer of its class's widths, so that its
+state_dict would fit nothing. It is written as a program of torch.export instead, dense or compressed, which
+needs no code of the model; or as ONNX.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +24,8 @@ from torch import Tensor, nn
 from granet_kernels import compress, densify, masked_layers, pack_mask, unpack_mask
 
 FORMATS = ("dense", "safetensors", "compressed", "onnx")
+PROGRAMS = ("dense", "compressed", "onnx")
+"""Those that a network of other widths than its class's can have."""
 VALUES, BITS = ".values", ".mask"
 META = "granet_shapes"
 
@@ -50,6 +57,43 @@ def export(model: nn.Module, form: str, path: Path, sample_shape: tuple[int, ...
     else:
         _save_onnx(_dense(model), path, sample_shape)
     return path.stat().st_size
+
+
+def export_program(model: nn.Module, form: str, path: Path, sample_shape: tuple[int, ...]) -> int:
+    """Write a network as a program, which needs no class to be loaded into; its batch is free.
+
+    Args:
+        model: masked or dense, of any widths, such as `dead_channels.remove_dead_channels` gives.
+        form: one of :data:`PROGRAMS`; dense and compressed are programs of torch.export.
+        path: file to write, over whatever is there.
+        sample_shape: of one input, without the batch.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        ValueError: no such format, or ``compressed`` of a dense model.
+        ImportError: a package that the format needs is not installed; names it.
+    """
+    if form not in PROGRAMS:
+        raise ValueError(
+            f"format: expected one of {', '.join(PROGRAMS)} for a network without its dead channels, "
+            f"got {form!r}"
+        )
+    if form == "onnx":
+        _save_onnx(_dense(model), path, sample_shape)
+    else:
+        made = compress(model).cpu() if form == "compressed" else _dense(model)
+        sample, shapes = _sample(made, sample_shape)
+        with torch.no_grad():
+            torch.export.save(torch.export.export(made, sample, dynamic_shapes=shapes), path)
+    return path.stat().st_size
+
+
+def _sample(model: nn.Module, sample_shape: tuple[int, ...]) -> tuple[tuple[Tensor], Any]:
+    """An input for tracing, and which of its dimensions are free: the batch."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return (torch.zeros((2, *sample_shape), dtype=dtype),), ({0: torch.export.Dim("batch")},)
 
 
 def _dense(model: nn.Module) -> nn.Module:
@@ -137,14 +181,7 @@ def _save_onnx(dense: nn.Module, path: Path, sample_shape: tuple[int, ...]) -> N
         raise ImportError(
             f"format: 'onnx' needs the packages onnx and onnxscript ({error})"
         ) from error
-    dtype = next((p.dtype for p in dense.parameters()), torch.float32)
-    sample = torch.zeros((2, *sample_shape), dtype=dtype)
-    program = torch.onnx.export(
-        dense,
-        (sample,),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
+    sample, shapes = _sample(dense, sample_shape)
+    program = torch.onnx.export(dense, sample, dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None
     program.save(path, include_initializers=True)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from granet.telemetry import BEST, LAST
+
+if TYPE_CHECKING:  # which needs the train extra
+    from granet.dead_channels import Removal
 
 SUFFIXES = {
     "dense": ".dense.pt",
@@ -19,6 +26,17 @@ LOADING = {
     "compressed": "compress(sparsify(model)).load_state_dict(torch.load(FILE))",
     "onnx": "onnxruntime.InferenceSession(FILE)",
 }
+SLIM_SUFFIXES = {
+    "dense": ".slim.dense.pt2",
+    "compressed": ".slim.compressed.pt2",
+    "onnx": ".slim.onnx",
+}
+SLIM_LOADING = {
+    "dense": "model = torch.export.load(FILE).module()",
+    "compressed": "import granet_kernels; model = torch.export.load(FILE).module()",
+    "onnx": LOADING["onnx"],
+}
+Write = Callable[[nn.Module, str, Path, tuple[int, ...]], int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder (default: that of the checkpoint)"
     )
+    parser.add_argument(
+        "--remove-dead-channels",
+        action="store_true",
+        help="leave out channels that nothing depends on, where that can be done exactly. The layers then "
+        "have other widths than the model's class, which no state_dict could be loaded into: dense and "
+        "compressed become programs of torch.export (.pt2), which need no class; there is no safetensors",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the files, and print their sizes; the exit status."""
     from granet import build  # needs the train extra
     from granet.checkpoint import check_model_state, load_checkpoint
-    from granet.export import export
+    from granet.export import export, export_program
 
+    if args.remove_dead_channels and "safetensors" in (args.format or ()):
+        raise ValueError(
+            "format: expected dense, compressed or onnx with remove_dead_channels, got 'safetensors'"
+        )
     path = args.run
     if path.is_dir():
         path = path / (BEST if (path / BEST).is_file() else LAST)
@@ -52,20 +81,54 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{path}: {path.stat().st_size:,} bytes, optimizer and masks included")
-    for form in args.format or SUFFIXES:
-        target = folder / f"{path.stem}{SUFFIXES[form]}"
+    stem, shape = folder / path.stem, source.sample_shape
+    if args.remove_dead_channels:
+        from granet.dead_channels import remove_dead_channels
+
+        removal = remove_dead_channels(model.eval(), shape)
+        print("\n".join(what_went(removal)))
+        _write(args, stem, removal.model, shape, export_program, SLIM_SUFFIXES, SLIM_LOADING)
+        return 0
+    _write(args, stem, model.eval(), shape, export, SUFFIXES, LOADING)
+    config = checkpoint.config
+    print(
+        f"model = granet.models.create_model({config.model!r}, num_classes={source.num_classes}, "
+        f"in_channels={shape[0]})"
+    )
+    return 0
+
+
+def _write(
+    args: argparse.Namespace,
+    stem: Path,
+    model: nn.Module,
+    sample_shape: tuple[int, ...],
+    write: Write,
+    suffixes: Mapping[str, str],
+    loading: Mapping[str, str],
+) -> None:
+    """A file for each format, or a line that says why there is none."""
+    for form in args.format or suffixes:
+        target = stem.with_name(f"{stem.name}{suffixes[form]}")
         try:
-            size = export(model.eval(), form, target, source.sample_shape)
+            size = write(model, form, target, sample_shape)
         except (ImportError, ValueError) as error:
             if args.format:
                 raise
             print(f"{form}: left out, {error}")
             continue
-        print(f"{target}: {size:,} bytes; {LOADING[form]}")
-    config = checkpoint.config
-    channels = source.sample_shape[0]
-    print(
-        f"model = granet.models.create_model({config.model!r}, num_classes={source.num_classes}, "
-        f"in_channels={channels})"
+        print(f"{target}: {size:,} bytes; {loading[form]}")
+
+
+def what_went(removal: Removal) -> list[str]:
+    """A line a layer that is narrower, and the totals."""
+    lines = [
+        f"{name or '(the model)'}: {before:,} channels, {after:,} left"
+        for name, (before, after) in removal.channels.items()
+    ]
+    (dead, still), (weights, left) = removal.dead, removal.parameters
+    lines.append(
+        f"{sum(before - after for before, after in removal.channels.values()):,} channels removed, "
+        f"{dead:,} had no active weight, {still:,} such stay; parameters: {weights:,} before, {left:,} after"
     )
-    return 0
+    return lines

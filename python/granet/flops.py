@@ -38,14 +38,26 @@ def measure(model: nn.Module, sample_shape: Sequence[int]) -> dict[str, int]:
     Returns:
         Module name -> FLOPs, in the order of `model.named_modules()`.
     """
+    return _counted(model, sample_shape).flops
+
+
+def measure_activations(model: nn.Module, sample_shape: Sequence[int]) -> dict[str, int]:
+    """Values that each convolution and linear layer reads and writes for one sample.
+
+    Its input and its output, each once a call, weights left out; counted as by `measure`.
+    """
+    return _counted(model, sample_shape).activations
+
+
+def _counted(model: nn.Module, sample_shape: Sequence[int]) -> _Counter:
     shape = (1, *sample_shape)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            return _forward_flops(_meta_copy(model), shape, torch.device("meta"))
+            return _count_forward(_meta_copy(model), shape, torch.device("meta"))
         except RuntimeError:
             # It reads values in forward, or holds a tensor that is no parameter and no buffer.
-            return _forward_flops(copy.deepcopy(model), shape, device)
+            return _count_forward(copy.deepcopy(model), shape, device)
 
 
 def inference_flops(dense: Mapping[str, int], active_fraction: Mapping[str, float]) -> float:
@@ -138,14 +150,12 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _forward_flops(
-    model: nn.Module, shape: tuple[int, ...], device: torch.device
-) -> dict[str, int]:
-    """FLOPs of one forward pass of `model`, a copy of our own."""
+def _count_forward(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> _Counter:
+    """One forward pass of `model`, a copy of our own."""
     counter = _Counter(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     model.eval()(torch.zeros(shape, dtype=dtype, device=device))
-    return counter.flops
+    return counter
 
 
 class _Counter:
@@ -153,14 +163,16 @@ class _Counter:
 
     def __init__(self, model: nn.Module) -> None:
         self.flops: dict[str, int] = {}
+        self.activations: dict[str, int] = {}
         self._names: dict[int, str] = {}
         for name, module in model.named_modules():
             if isinstance(module, (*_CONVS, *_TRANSPOSED, nn.Linear)):
                 self._names.setdefault(_weight_key(module), name)
                 self.flops.setdefault(self._name(module), 0)
+                self.activations.setdefault(self._name(module), 0)
                 module.register_forward_hook(self._count_layer)
             elif isinstance(module, nn.MultiheadAttention):
-                self.flops[name] = 0
+                self.flops[name] = self.activations[name] = 0
                 hook = partial(self._count_attention, name)
                 module.register_forward_hook(hook, with_kwargs=True)
 
@@ -173,7 +185,9 @@ class _Counter:
         # An output value takes one multiply-accumulate for each weight of its channel; an input
         # value of a transposed convolution gives one to each weight of its channel.
         values = args[0] if isinstance(module, _TRANSPOSED) else output
-        self.flops[self._name(module)] += 2 * values.numel() * weight[0].numel()
+        name = self._name(module)
+        self.flops[name] += 2 * values.numel() * weight[0].numel()
+        self.activations[name] += args[0].numel() + output.numel()
 
     def _count_attention(
         self,
@@ -187,7 +201,9 @@ class _Counter:
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         values = sum(named[key].numel() for key in ("query", "key", "value"))
         self.flops[name] += 2 * module.embed_dim * values
+        self.activations[name] += 2 * values
         self.flops[self._name(module.out_proj)] += 2 * module.embed_dim * output[0].numel()
+        self.activations[self._name(module.out_proj)] += 2 * output[0].numel()
 
 
 def _weight_key(module: nn.Module) -> int:

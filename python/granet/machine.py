@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import granet_kernels
+from granet.host import device_name
 from granet_kernels import build_info
 from granet_kernels.choices import last_choice
 from granet_kernels.ops import backend_for
@@ -63,7 +64,7 @@ def this_machine(
     return Machine(
         step=step,
         device=str(device),
-        device_name=_name_of(device),
+        device_name=device_name(device),
         backend=backend,
         cpu_kernels=native["cpu_kernels"] if is_compiled else None,
         threads=torch.get_num_threads(),
@@ -72,15 +73,6 @@ def this_machine(
         python=platform.python_version(),
         granet_kernels=granet_kernels.__version__,
     )
-
-
-def _name_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def append_machine(path: Path, machine: Machine) -> None:
