@@ -149,6 +149,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"opt": "adamw", "lr": 1e-3, "sched": "step", "init_sparsity": 0.0},
     "accumulation": {"batch_size": 100, "grad_accum_steps": 2, "clip_grad": 1.0},
     "float16": {"amp": True, "channels_last": True, "smoothing": 0.1},
+    "mixup and average": {"mixup": 0.4, "model_ema": True, "model_ema_decay": 0.7},
 }
 
 
