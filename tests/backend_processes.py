@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 CHECK = """
 import argparse, sys
-from granet import check
+from granet.commands import check
 from granet_kernels import selftest
 selftest.OPERATORS = sys.argv[1:]
 sys.exit(check.run(argparse.Namespace(verbose=False)))

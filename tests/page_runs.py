@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from granet import build, report, runs
+from granet.commands import report
 from granet.page.document import render
-from granet.stopping import Stopped
-from granet.train import train
+from granet.training import build, runs
+from granet.training.stopping import Stopped
+from granet.training.train import train
 from tests.tiny_runs import make_network, tiny_config
 
 NAME = """<b>&"it's"</b>"""

@@ -23,11 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from granet import METHODS, GraNet, build
-from granet.config import TrainConfig
-from granet.passes import Passes
-from granet.processes import started_by_torchrun
+from granet import METHODS, GraNet
 from granet.schedules import Constant
+from granet.training import build
+from granet.training.config import TrainConfig
+from granet.training.passes import Passes
+from granet.training.processes import started_by_torchrun
 from granet_kernels import MaskedSGD, sparsify
 
 STEPS, EVERY, BATCH = 24, 4, 8

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from granet import bench_report, roofline, steps, stopwatch, throughput
 from granet.cli import main
 from granet.flops import measure, measure_activations
-from granet.roofline import Rates, Work, Yardsticks
-from granet.steps import Setting, mask_randomly
+from granet.throughput import measure as throughput
+from granet.throughput import report as bench_report
+from granet.throughput import roofline, steps, stopwatch
+from granet.throughput.roofline import Rates, Work, Yardsticks
+from granet.throughput.steps import Setting, mask_randomly
 from granet_kernels import densify, masked_layers, sparsify
 from granet_kernels.ops.registry import selected_backend
 

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from granet import check
+from granet.commands import check
 from granet_kernels import Backend
 from granet_kernels.backends import reference
 from granet_kernels.ops import OPERATORS, registry

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from granet.checkpoint import (
+from granet.training.checkpoint import (
     CheckpointError,
     check_model_state,
     get_rng_state,
@@ -22,7 +22,7 @@ from granet.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from granet.train import Trainer, train
+from granet.training.train import Trainer, train
 from tests.tiny_runs import same, tiny, tiny_config
 
 __all__ = ["tiny"]

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
-from granet import check, cli, telemetry, train, train_command
-from granet.checkpoint import load_checkpoint
-from granet.config import TrainConfig, read_config_file
+from granet import cli
+from granet.commands import check
+from granet.commands import train as train_command
+from granet.training import telemetry, train
+from granet.training.checkpoint import load_checkpoint
+from granet.training.config import TrainConfig, read_config_file
 from tests.tiny_runs import tiny
 
 __all__ = ["tiny"]
@@ -154,7 +157,8 @@ def test_bad_input_is_one_line(command: str, capsys: pytest.CaptureFixture[str])
 def test_an_unknown_model_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from granet import build, models
+    from granet import models
+    from granet.training import build
 
     monkeypatch.setattr(build, "create_model", models.create_model)
     assert "resnet_tiny" in error_of(capsys, "train", "--model", "resnet_tinny")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from granet.config import (
+from granet.commands.flags import add_flags, flags_given
+from granet.training.config import (
     GROUPS,
     TrainConfig,
     build_config,
@@ -20,7 +21,6 @@ from granet.config import (
     resume_conflicts,
     write_config_file,
 )
-from granet.flags import add_flags, flags_given
 
 
 def parse(*flags: str) -> dict[str, object]:

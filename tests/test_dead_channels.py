@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granet.cli import main
-from granet.dead_channels import Removal, remove_dead_channels
-from granet.export import PROGRAMS, export_program
+from granet.export.dead_channels import Removal, remove_dead_channels
+from granet.export.formats import PROGRAMS, export_program
 from granet.models import create_model
-from granet.train import train
+from granet.training.train import train
 from granet_kernels import masked_layers, sparsify
 from tests.random_networks import random_network
 from tests.tiny_runs import tiny, tiny_config  # noqa: F401

@@ -5,8 +5,8 @@ import statistics
 import pytest
 import torch
 
-from granet.config import TrainConfig
-from granet.train import train
+from granet.training.config import TrainConfig
+from granet.training.train import train
 
 pytestmark = pytest.mark.slow
 

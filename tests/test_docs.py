@@ -13,8 +13,8 @@ from torch import nn
 import granet
 import granet_kernels
 from granet import cli, recipes
-from granet.config import build_config
-from granet.flags import flags_given, parse_settings
+from granet.commands.flags import flags_given, parse_settings
+from granet.training.config import build_config
 from granet_kernels import MaskedSGD, masked_layers, sparsify
 from granet_kernels.ops import registry
 from tests.pages import ROOT, blocks, inline_code, pages

@@ -418,8 +418,8 @@ def test_bad_arguments_are_named(name: str, change: dict[str, Any], message: str
 )
 def test_a_zero_on_the_command_line_is_a_value(fields: dict[str, Any], argument: str) -> None:
     pytest.importorskip("pydantic")
-    from granet import build
-    from granet.config import TrainConfig
+    from granet.training import build
+    from granet.training.config import TrainConfig
 
     arguments = build._method_arguments(TrainConfig(**fields), 1000)
     assert arguments[argument] == 0

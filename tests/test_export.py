@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from granet.cli import main
-from granet.export import FORMATS, compacted, expanded, export, load_compact
-from granet.train import train
+from granet.export.formats import FORMATS, compacted, expanded, export, load_compact
+from granet.training.train import train
 from granet_kernels import compress, densify, masked_layers, sparsify
 from tests.tiny_runs import tiny, tiny_config  # noqa: F401
 

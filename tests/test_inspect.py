@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from granet.cli import main
-from granet.train import train
+from granet.training.train import train
 from granet_kernels import pack_mask, unpack_mask
 from tests.tiny_runs import tiny, tiny_config  # noqa: F401
 

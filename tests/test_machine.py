@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from granet.build import choose_device
-from granet.checkpoint import load_checkpoint
-from granet.machine import (
+from granet.training.build import choose_device
+from granet.training.checkpoint import load_checkpoint
+from granet.training.machine import (
     AlgorithmWatch,
     Machine,
     append_machine,
     read_machines,
     this_machine,
 )
-from granet.stopping import Stopped
-from granet.train import train
+from granet.training.stopping import Stopped
+from granet.training.train import train
 from granet_kernels import MaskedLinear, available_backends, use_backend
 from granet_kernels.choices import choice_of
 from tests.tiny_runs import tiny, tiny_config

@@ -32,7 +32,7 @@ from granet.methods import (
 )
 from granet.redistribution import REDISTRIBUTION, shares
 from granet.schedules import CURVES, DROP_SCHEDULES, Constant
-from granet.train import train
+from granet.training.train import train
 from granet_kernels import MaskedSGD, densify, masked_layers, sparsify
 from tests.tiny_runs import WEIGHTS, tiny, tiny_config  # noqa: F401
 

@@ -16,7 +16,7 @@ from torch import nn
 from granet import GraNet
 from granet.methods import GMP
 from granet.monitor import Csv, JsonLines, LayerChange, Scalars, TopologyMonitor
-from granet.train import train
+from granet.training.train import train
 from granet_kernels import MaskedSGD, sparsify
 from tests.tiny_runs import tiny, tiny_config  # noqa: F401
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from granet import plan as planning
 from granet.cli import main
-from granet.config import TrainConfig
-from granet.plan import FACTS, make_plan
-from granet.train import Trainer
+from granet.commands import plan as planning
+from granet.commands.plan import FACTS, make_plan
+from granet.training.config import TrainConfig
+from granet.training.train import Trainer
 from tests.tiny_runs import WEIGHTS, tiny, tiny_config  # noqa: F401
 
 
@@ -60,7 +60,7 @@ def planning_network(name: str, *, num_classes: int, in_channels: int):  # type:
 
 
 def test_the_facts_are_those_of_the_data() -> None:
-    from granet.build import build_source, choose_device
+    from granet.training.build import build_source, choose_device
 
     source = build_source(TrainConfig(val_split=0.01, batch_size=1), choose_device("cpu"))
     images, classes, shape = FACTS["digits"]

@@ -8,9 +8,9 @@ import pytest
 
 from granet import recipes
 from granet.cli import main, make_parser
-from granet.config import TrainConfig, build_config
+from granet.commands.train import settings
 from granet.models import create_model
-from granet.train_command import settings
+from granet.training.config import TrainConfig, build_config
 
 METHODS = ("dense", "granet", "granet-dense", "gmp", "rigl", "set", "snip", "lottery-ticket")
 DATA = tuple(name for name in recipes.names() if name not in METHODS)

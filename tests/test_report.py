@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from granet import report, runs
-from granet.checkpoint import ENTRIES, save_checkpoint
-from granet.config import TrainConfig
-from granet.telemetry import Summary, read_summary, write_summary
+from granet.commands import report, tables
+from granet.training import runs
+from granet.training.checkpoint import ENTRIES, save_checkpoint
+from granet.training.config import TrainConfig
+from granet.training.telemetry import Summary, read_summary, write_summary
 from granet_kernels import pack_mask
 
 
@@ -140,7 +141,7 @@ def test_the_last_line_says_whether_counts_agree(tmp_path: Path) -> None:
 
 
 def test_plain_columns_line_up() -> None:
-    assert report.render_plain(["method", "n"], [["granet", "1,000"], ["d", "2"]]) == (
+    assert tables.render_plain(["method", "n"], [["granet", "1,000"], ["d", "2"]]) == (
         "method      n\n"
         "------  -----\n"
         "granet  1,000\n"
@@ -173,5 +174,5 @@ def test_a_terminal_gets_a_drawn_table(
 ) -> None:
     pytest.importorskip("rich")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    report.show(["method", "n"], [["granet", "1"]])
+    tables.show(["method", "n"], [["granet", "1"]])
     assert "───" in capsys.readouterr().out

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from granet import build, report
 from granet.cli import main
+from granet.commands import report
 from granet.methods import METHODS
 from granet.monitor import LayerChange
 from granet.page.figures import mean_of
 from granet.page.gather import updates_of
-from granet.train import train
+from granet.training import build
+from granet.training.train import train
 from tests.page_runs import GRANET, NAME, Page, folder, page_of
 from tests.tiny_runs import make_network, tiny_config
 

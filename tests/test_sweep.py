@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from granet import recipes
-from granet import sweep as sweeping
 from granet.cli import main
+from granet.commands import sweep as sweeping
+from granet.commands.sweep import points, table
 from granet.paper import DENSE, FIGURES, figure
-from granet.stopping import Stopped
-from granet.sweep import points, table
+from granet.training.stopping import Stopped
 from tests.tiny_runs import tiny  # noqa: F401
 
 LINE = [

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from granet.checkpoint import load_checkpoint
 from granet.data import Share
-from granet.processes import Processes, started_by_torchrun
+from granet.training.checkpoint import load_checkpoint
+from granet.training.processes import Processes, started_by_torchrun
 from tests.data_files import open_cpu, same, write_fashion_mnist
 from tests.ranks import run_ranks
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from granet import build
-from granet.checkpoint import load_checkpoint
-from granet.config import TrainConfig
-from granet.stopping import Stopped
-from granet.telemetry import Summary
-from granet.train import Trainer, train
+from granet.training import build
+from granet.training.checkpoint import load_checkpoint
+from granet.training.config import TrainConfig
+from granet.training.stopping import Stopped
+from granet.training.telemetry import Summary
+from granet.training.train import Trainer, train
 from granet_kernels import MaskedLinear, sparsify
 from tests.tiny_runs import STEPS_PER_EPOCH, WEIGHTS, make_network, same, tiny, tiny_config
 

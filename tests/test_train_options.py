@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from granet import build, cli
-from granet.checkpoint import CheckpointError, load_checkpoint
-from granet.evaluate import evaluate
-from granet.runs import read_run
-from granet.train import Trainer, train
+from granet import cli
+from granet.training import build
+from granet.training.checkpoint import CheckpointError, load_checkpoint
+from granet.training.evaluate import evaluate
+from granet.training.runs import read_run
+from granet.training.train import Trainer, train
 from granet_kernels import masked_layers
 from tests.tiny_runs import make_network, same, tiny, tiny_config
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import granet.data
-from granet import build
-from granet.config import TrainConfig
+from granet.training import build
+from granet.training.config import TrainConfig
 
 STEPS_PER_EPOCH = 5
 WEIGHTS = 1590

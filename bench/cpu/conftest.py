@@ -11,7 +11,7 @@ import torch
 from bench.cpu import host, rows
 from bench.cpu.effort import FULL, QUICK, Effort
 from bench.cpu.race import Contender, Race
-from granet.stopwatch import no_collection
+from granet.throughput.stopwatch import no_collection
 
 ALL_THREADS = torch.get_num_threads()
 RESULTS = Path(__file__).resolve().parent.parent / "results"

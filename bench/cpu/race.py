@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from granet.stopwatch import spread
+from granet.throughput.stopwatch import spread
 
 Seconds = Mapping[str, float]
 """What one run took, by the name of the measure ("forward", "forward+backward")."""

@@ -15,22 +15,22 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from granet.user_errors import user_errors
+from granet.commands.user_errors import user_errors
 
 COMMANDS = {
-    "train": ("train_command", "train a network, sparse or dense"),
-    "check": ("check", "compare every operator with the reference"),
-    "methods": ("catalogue", "list the methods of sparse training, and their settings"),
-    "export": ("export_command", "write a run's network: dense, compact, compressed, ONNX"),
-    "inspect": ("inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),
-    "plan": ("plan", "what a run would be, layer by layer"),
-    "recipes": ("recipes", "list the settings that granet train -c knows by name"),
-    "plasticity": ("plasticity_command", "measure how networks recover from being pruned"),
-    "sweep": ("sweep", "train methods x sparsities x seeds, and compare them in a table"),
-    "bench": ("bench_command", "how fast a network is, dense and sparse, beside the machine"),
-    "report": ("report", "compare runs in a table, or on a page"),
+    "train": "train a network, sparse or dense",
+    "check": "compare every operator with the reference",
+    "methods": "list the methods of sparse training, and their settings",
+    "export": "write a run's network: dense, compact, compressed, ONNX",
+    "inspect": "what is in a checkpoint, and whether it is in order",
+    "plan": "what a run would be, layer by layer",
+    "recipes": "list the settings that granet train -c knows by name",
+    "plasticity": "measure how networks recover from being pruned",
+    "sweep": "train methods x sparsities x seeds, and compare them in a table",
+    "bench": "how fast a network is, dense and sparse, beside the machine",
+    "report": "compare runs in a table, or on a page",
 }
-"""Subcommand -> its module, which has `add_arguments` and `run`, and what it is for.
+"""Subcommand, which is a module of `granet.commands` -> what it is for.
 
 Only the module of the command that is called is imported: most need the train extra."""
 
@@ -60,7 +60,7 @@ def make_parser(called: str | None = None) -> argparse.ArgumentParser:
     """The parser of the program; only the subcommand `called` has its arguments, or all without it."""
     parser = argparse.ArgumentParser(prog="granet", description="Sparse training for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, title) in COMMANDS.items():
+    for name, title in COMMANDS.items():
         command = commands.add_parser(name, help=title)
         if called in (name, None):
             _module(name).add_arguments(command)
@@ -68,7 +68,7 @@ def make_parser(called: str | None = None) -> argparse.ArgumentParser:
 
 
 def _module(command: str) -> Any:
-    return importlib.import_module(f"granet.{COMMANDS[command][0]}")
+    return importlib.import_module(f"granet.commands.{command}")
 
 
 def _unknown(argument: str, command: str) -> str:

@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from granet import build
-from granet.config import TrainConfig
 from granet.distributions import active_budget
-from granet.passes import Passes
 from granet.placement import layers_of
 from granet.topology import Exchange, Topology
+from granet.training import build
+from granet.training.config import TrainConfig
+from granet.training.passes import Passes
 from granet_kernels import sparsify
 
 

@@ -15,7 +15,7 @@ from granet.page.charts import swatch
 from granet.page.gather import Setup, gather
 from granet.page.network import SHOWN, SHOWN_LINEAR
 from granet.page.pictures import data_uri
-from granet.runs import RunResult
+from granet.training.runs import RunResult
 
 PICTURE = 150
 """Pixels of the screen that a mask picture may be wide; each of its own is a whole number of them."""

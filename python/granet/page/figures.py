@@ -13,7 +13,7 @@ from markupsafe import Markup
 from granet.page.charts import Axes, Dots, Point, Series, layer_chart, line_chart
 from granet.page.gather import Measured, Run, Setup, Update
 from granet.page.network import LayerAtEnd
-from granet.telemetry import EpochMetrics
+from granet.training.telemetry import EpochMetrics
 
 LOG_FROM = 50.0
 """Quotient of the largest and smallest loss from which its axis is logarithmic."""

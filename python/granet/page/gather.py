@@ -9,15 +9,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from granet.checkpoint import load_checkpoint
-from granet.config import TrainConfig
 from granet.distributions import active_budget
-from granet.machine import AlgorithmChange, Machine, read_machines
 from granet.monitor import LayerChange
 from granet.page.network import Network, read_network
-from granet.plan import planned_sparsity
-from granet.runs import RunResult, group_runs, setup_of, varying_fields
-from granet.telemetry import ALGORITHMS, MACHINE, METRICS, TOPOLOGY, EpochMetrics, read_rows
+from granet.training.checkpoint import load_checkpoint
+from granet.training.config import TrainConfig
+from granet.training.machine import AlgorithmChange, Machine, read_machines
+from granet.training.planned import planned_sparsity
+from granet.training.runs import RunResult, group_runs, setup_of, varying_fields
+from granet.training.telemetry import (
+    ALGORITHMS,
+    MACHINE,
+    METRICS,
+    TOPOLOGY,
+    EpochMetrics,
+    read_rows,
+)
 
 Row = TypeVar("Row")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granet.checkpoint import Checkpoint
-from granet.runs import weights_in
+from granet.training.checkpoint import Checkpoint
+from granet.training.runs import weights_in
 
 PICTURES = 6
 """Of a network: its first layers, and the last two."""

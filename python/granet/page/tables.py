@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from granet.page.gather import Run, Setup
 from granet.page.network import LayerAtEnd
-from granet.runs import setup_of
+from granet.training.runs import setup_of
 
 NOT_RECORDED = "not recorded"
 

@@ -6,7 +6,6 @@ file beside this module whose first line says what it is.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from importlib import resources
 from pathlib import Path
@@ -31,7 +30,9 @@ def read(name: str) -> dict[str, object]:
         FileNotFoundError: there is neither; the message has the closest names.
         ValueError: it does not hold settings.
     """
-    from granet.config import read_config_file  # needs the train extra, which the list does not
+    from granet.training.config import (
+        read_config_file,  # needs the train extra, which the list does not
+    )
 
     if not Path(name).is_file() and name in names():
         with resources.as_file(resources.files(__name__) / f"{name}.yaml") as path:
@@ -42,16 +43,3 @@ def read(name: str) -> dict[str, object]:
             f"config: expected a YAML file or a recipe, found none at {name}; recipes: {', '.join(close)}"
         )
     return read_config_file(Path(name))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has none."""
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the list; the exit status."""
-    width = max(map(len, names()))
-    for name, title in names().items():
-        print(f"{name:<{width}}  {title}")
-    print("\ngranet train -c cifar10-resnet50 -c granet sparsity=0.95 data_dir=DIR")
-    return 0

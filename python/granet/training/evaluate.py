@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from granet import build
-from granet.checkpoint import Checkpoint, check_model_state
-from granet.config import TrainConfig
-from granet.passes import Passes
-from granet.processes import Processes
+from granet.training import build
+from granet.training.checkpoint import Checkpoint, check_model_state
+from granet.training.config import TrainConfig
+from granet.training.passes import Passes
+from granet.training.processes import Processes
 
 
 def evaluate(

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from granet.at_start import AtStart
-from granet.config import TrainConfig
 from granet.data import DataSource, Share, load_data
 from granet.distributions import DISTRIBUTIONS, Explicit, ScaledErk
 from granet.engine import Sparsifier
-from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS, LotteryTicket
 from granet.models import create_model
-from granet.processes import Processes
+from granet.training.config import TrainConfig
+from granet.training.method_arguments import ARGUMENTS, method_parameters
+from granet.training.processes import Processes
 from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, sparsify
 
 INITIAL_SPARSITY = 0.5

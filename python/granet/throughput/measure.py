@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from granet.roofline import Rates, Work, Yardsticks, attainable_seconds, work_of
-from granet.steps import (
+from granet.throughput.roofline import Rates, Work, Yardsticks, attainable_seconds, work_of
+from granet.throughput.steps import (
     Mode,
     Setting,
     inference_step,
@@ -24,7 +24,7 @@ from granet.steps import (
     make_network,
     training_step,
 )
-from granet.stopwatch import median_ratio, spread, take_turns
+from granet.throughput.stopwatch import median_ratio, spread, take_turns
 from granet_kernels import masked_layers
 
 LEAST_MS = 20.0

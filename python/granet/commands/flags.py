@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from granet import recipes
-from granet.config import GROUPS, field_kinds, field_schemas, refuse_unknown
+from granet.training.config import GROUPS, field_kinds, field_schemas, refuse_unknown
 
 SPARSITY_NOTE = (
     "A TIME is a number of steps, or a share of the run such as 50%. In brackets: what holds where "

@@ -8,13 +8,19 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from granet.checkpoint import Checkpoint, load_checkpoint
-from granet.config import TrainConfig, build_config
-from granet.flags import add_config_flags, add_flags, flags_given, parse_settings, settings_given
-from granet.processes import Processes
-from granet.stopping import Stopped
-from granet.telemetry import BEST, LAST
-from granet.user_errors import user_errors
+from granet.commands.flags import (
+    add_config_flags,
+    add_flags,
+    flags_given,
+    parse_settings,
+    settings_given,
+)
+from granet.commands.user_errors import user_errors
+from granet.training.checkpoint import Checkpoint, load_checkpoint
+from granet.training.config import TrainConfig, build_config
+from granet.training.processes import Processes
+from granet.training.stopping import Stopped
+from granet.training.telemetry import BEST, LAST
 
 EPILOG = """\
 later ones win: the defaults, the checkpoint that is resumed, the files and recipes of -c in their order,
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, or evaluate; the exit status."""
     with ExitStack() as surroundings:
         with user_errors("train"):
-            from granet import train
+            from granet.training import train
 
             config, checkpoint = settings(args)
             processes = surroundings.enter_context(train.surroundings(config))
@@ -83,7 +89,7 @@ def _train(
 ) -> int:
     """Train; the exit status."""
     with user_errors("train"):
-        from granet.train import Trainer
+        from granet.training.train import Trainer
 
         trainer = Trainer(config, processes, resume=checkpoint, stop_after=stop_after)
     # Outside: an error in the middle of training is not the user's, and deserves its traceback.
@@ -98,7 +104,7 @@ def _train(
 
 def _evaluate(config: TrainConfig, checkpoint: Checkpoint | None, processes: Processes) -> int:
     """Print what a checkpoint's network is worth; the exit status."""
-    from granet.evaluate import evaluate
+    from granet.training.evaluate import evaluate
 
     if checkpoint is None:
         raise ValueError("eval-only: expected a checkpoint or run directory, as --resume PATH")

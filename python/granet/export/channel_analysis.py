@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from granet.channels import (
+from granet.export.channels import (
     Channels,
     Groups,
     Layer,
@@ -31,7 +31,7 @@ from granet.channels import (
     taps,
     varying,
 )
-from granet.graph_nodes import (
+from granet.export.graph_nodes import (
     ADDITIONS,
     CONSTANT_POOL_FUNCTIONS,
     CONSTANT_POOLS,

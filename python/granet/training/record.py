@@ -8,11 +8,11 @@ from typing import Protocol
 
 from torch import nn
 
-from granet.config import TrainConfig, write_config_file
-from granet.machine import AlgorithmChange, AlgorithmWatch, Machine, append_machine
 from granet.monitor import LayerChange, Scalars, Sink
-from granet.progress import Progress
-from granet.telemetry import (
+from granet.training.config import TrainConfig, write_config_file
+from granet.training.machine import AlgorithmChange, AlgorithmWatch, Machine, append_machine
+from granet.training.progress import Progress
+from granet.training.telemetry import (
     ALGORITHMS,
     ARGS,
     MACHINE,

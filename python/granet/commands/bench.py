@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from granet.commands.tables import show
 from granet.distributions import DISTRIBUTIONS
-from granet.report import show
 from granet_kernels import BackendUnavailableError, use_backend
 
 if TYPE_CHECKING:  # the measuring needs the train extra
-    from granet.steps import Mode, Setting
+    from granet.throughput.steps import Mode, Setting
 
 MODES = ("training", "inference")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,9 +109,9 @@ def _add_machine(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, a table for each device and mode; the exit status."""
-    from granet.bench_report import LEGEND, device_line, table, write_rows
-    from granet.build import choose_device  # needs the train extra
-    from granet.throughput import measure
+    from granet.throughput.measure import measure
+    from granet.throughput.report import LEGEND, device_line, table, write_rows
+    from granet.training.build import choose_device  # needs the train extra
 
     modes = chosen_modes(args.mode)
     sparsities = numbers(
@@ -197,7 +197,7 @@ def make_setting(args: argparse.Namespace, device: torch.device) -> Setting:
     Raises:
         ValueError: one is out of its range.
     """
-    from granet.steps import Setting
+    from granet.throughput.steps import Setting
 
     shape = numbers(
         "input_size", args.input_size, int, "channels, height and width", lambda x: x >= 1

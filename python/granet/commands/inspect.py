@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granet.checkpoint import Checkpoint, load_checkpoint
+from granet.commands.tables import show
 from granet.distributions import DISTRIBUTIONS, layer_budgets
-from granet.report import show
-from granet.runs import MASK_SUFFIX
-from granet.telemetry import LAST
+from granet.training.checkpoint import Checkpoint, load_checkpoint
+from granet.training.runs import MASK_SUFFIX
+from granet.training.telemetry import LAST
 from granet_kernels import unpack_mask
 
 

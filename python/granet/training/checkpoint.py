@@ -28,7 +28,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from granet.config import TrainConfig, build_config, resume_conflicts
+from granet.training.config import TrainConfig, build_config, resume_conflicts
 from granet_kernels import BitMask, masked_layers
 
 FORMAT = "granet-checkpoint"

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 
 from granet import recipes
-from granet.config import GROUPS, TrainConfig, build_config
-from granet.flags import add_flags, flags_given
-from granet.report import show
-from granet.telemetry import Table
+from granet.commands.flags import add_flags, flags_given
+from granet.commands.tables import show
+from granet.training.config import GROUPS, TrainConfig, build_config
+from granet.training.telemetry import Table
 
 TABLE, PLOT = "plasticity.csv", "plasticity.png"
 SHOWN = "epoch lr rate criterion regenerated sparsity plasticity final_plasticity"

@@ -10,15 +10,15 @@ from typing import TextIO
 import torch
 
 from granet.host import device_name
-from granet.steps import Setting
-from granet.throughput import Result
+from granet.throughput.measure import Result
+from granet.throughput.steps import Setting
 from granet_kernels.ops import backend_for
 
 LEGEND = """\
 ms: median of a step (20 % to 80 % quantile); x dense: median over rounds of the ratio within a round
 active: parameters that are not masked out; GFLOP/s: of active weights
 of peak: that, over the rate of a dense matrix product or convolution, the faster; of roofline: attainable
-over measured time, layer by layer (help(granet.roofline) defines it)"""
+over measured time, layer by layer (help(granet.throughput.roofline) defines it)"""
 
 
 def device_line(setting: Setting, result: Result) -> str:

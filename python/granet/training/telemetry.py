@@ -3,12 +3,12 @@
 A run directory holds
 
     args.yaml      the configuration; `granet train -c` reads it
-    machine.yaml   device, backend and versions, an entry for each start (`granet.machine.Machine`)
+    machine.yaml   device, backend and versions, an entry for each start (`Machine` of machine.py)
     metrics.csv    one row an epoch (`EpochMetrics`)
     topology.csv   one row for each layer in each update (`granet.monitor.LayerChange`)
-    algorithms.csv which kernels compute which layer, a row a change (`granet.machine.AlgorithmChange`)
+    algorithms.csv which kernels compute which layer, a row a change (`AlgorithmChange` of machine.py)
     events.out.*   the same numbers for TensorBoard, and the running loss
-    last.pt        the newest checkpoint (granet.checkpoint)
+    last.pt        the newest checkpoint (granet.training.checkpoint)
     best.pt        the checkpoint of the epoch that was best on the validation images, among those
                    that ended at final sparsity and not right after an update of the masks
     summary.yaml   the result (`Summary`), once the run has finished

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from granet import build
-from granet.config import TrainConfig
-from granet.processes import Processes
-from granet.progress import RunningMetrics
+from granet.training import build
+from granet.training.config import TrainConfig
+from granet.training.processes import Processes
+from granet.training.progress import RunningMetrics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images and labels on the model's device."""

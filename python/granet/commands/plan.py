@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from granet.config import TrainConfig, build_config
+from granet.commands.flags import add_config_flags, add_flags, settings_given
+from granet.commands.tables import show
 from granet.distributions import active_budget
-from granet.flags import add_config_flags, add_flags, settings_given
-from granet.report import show
+from granet.training.config import TrainConfig, build_config
 
 # What the data sets are, for plans made where their files are not: training images, classes, shape.
 FACTS: dict[str, tuple[int, int, tuple[int, int, int]]] = {
@@ -64,10 +64,10 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         ValueError: the run is dense, or impossible.
     """
-    from granet import build  # needs the train extra
     from granet.dynamic import DynamicSparsifier
     from granet.flops import measure
     from granet.models import create_model
+    from granet.training import build  # needs the train extra
     from granet_kernels import sparsify
 
     if config.method == "dense":
@@ -118,36 +118,6 @@ def make_plan(config: TrainConfig) -> Plan:
         optimizer_bytes=4 * parameters * int(states),
         model_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
-
-
-def planned_sparsity(
-    config: TrainConfig, shapes: Sequence[Sequence[int]], total_steps: int
-) -> tuple[Callable[[int], float], list[int]]:
-    """The sparsity a method plans to have after each step, and the steps at which it changes masks.
-
-    Args:
-        config: a run that is not dense.
-        shapes: those of its masked weights, in order; schedules depend on nothing else of a network.
-        total_steps: its length.
-    """
-    from granet import build  # needs the train extra
-    from granet.at_start import AtStart
-    from granet_kernels import sparsify
-
-    model = sparsify(torch.nn.ModuleList(map(_layer_of, shapes)))
-    optimizer = build.build_optimizer(config, model)
-    sparsifier = build.build_sparsifier(config, model, optimizer, total_steps)
-    assert sparsifier is not None
-    updates = [step for step in range(total_steps + 1) if sparsifier.clock.is_update(step)]
-    if isinstance(sparsifier, AtStart):  # which has nothing pruned before it is given batches
-        return (lambda step: config.sparsity), updates
-    return sparsifier.sparsity_at, updates
-
-
-def _layer_of(shape: Sequence[int]) -> torch.nn.Module:
-    if len(shape) == 2:
-        return torch.nn.Linear(shape[1], shape[0], bias=False)
-    return torch.nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]), bias=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from granet.telemetry import BEST, LAST
+from granet.training.telemetry import BEST, LAST
 
 if TYPE_CHECKING:  # which needs the train extra
-    from granet.dead_channels import Removal
+    from granet.export.dead_channels import Removal
 
 SUFFIXES = {
     "dense": ".dense.pt",
@@ -22,7 +22,7 @@ SUFFIXES = {
 }
 LOADING = {
     "dense": "model.load_state_dict(torch.load(FILE))",
-    "safetensors": "granet.export.load_compact(FILE, model), masked or dense",
+    "safetensors": "granet.export.formats.load_compact(FILE, model), masked or dense",
     "compressed": "compress(sparsify(model)).load_state_dict(torch.load(FILE))",
     "onnx": "onnxruntime.InferenceSession(FILE)",
 }
@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files, and print their sizes; the exit status."""
-    from granet import build  # needs the train extra
-    from granet.checkpoint import check_model_state, load_checkpoint
-    from granet.export import export, export_program
+    from granet.export.formats import export, export_program
+    from granet.training import build  # needs the train extra
+    from granet.training.checkpoint import check_model_state, load_checkpoint
 
     if args.remove_dead_channels and "safetensors" in (args.format or ()):
         raise ValueError(
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{path}: {path.stat().st_size:,} bytes, optimizer and masks included")
     stem, shape = folder / path.stem, source.sample_shape
     if args.remove_dead_channels:
-        from granet.dead_channels import remove_dead_channels
+        from granet.export.dead_channels import remove_dead_channels
 
         removal = remove_dead_channels(model.eval(), shape)
         print("\n".join(what_went(removal)))

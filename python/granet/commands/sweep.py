@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from granet import recipes
-from granet.checkpoint import load_checkpoint
-from granet.config import TrainConfig, build_config
-from granet.flags import add_config_flags, add_flags, settings_given
+from granet.commands.flags import add_config_flags, add_flags, settings_given
+from granet.commands.tables import show, spread
 from granet.paper import figure
-from granet.report import show, spread
-from granet.runs import read_run
-from granet.stopping import Stopped
-from granet.telemetry import LAST, SUMMARY
+from granet.training.checkpoint import load_checkpoint
+from granet.training.config import TrainConfig, build_config
+from granet.training.runs import read_run
+from granet.training.stopping import Stopped
+from granet.training.telemetry import LAST, SUMMARY
 
 HEADER = (
     "method", "sparsity", "test acc. %", "seeds", "train FLOPs", "infer. FLOPs", "paper's acc. %",
@@ -69,7 +69,7 @@ def points(
 
 def train_point(point: Point) -> None:
     """Train, resume, or skip what has been finished."""
-    from granet.train import train  # needs the train extra
+    from granet.training.train import train  # needs the train extra
 
     directory = point.config.run_directory
     if (directory / SUMMARY).is_file():

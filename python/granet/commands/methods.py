@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 
-from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS
+from granet.training.method_arguments import ARGUMENTS, method_parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from granet.channel_analysis import Analysis, removable_slots
-from granet.channels import Channels, Layer, absorbs, is_mixing, taps
+from granet.export.channel_analysis import Analysis, removable_slots
+from granet.export.channels import Channels, Layer, absorbs, is_mixing, taps
 from granet_kernels import densify, masked_layers, sparsify
 from granet_kernels.nn import MaskedLayer
 from granet_kernels.nn.fuse import Untraceable, trace

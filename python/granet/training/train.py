@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from granet import build
-from granet.checkpoint import (
+from granet.data import derive_seed
+from granet.flops import TrainingFlops, inference_flops, measure
+from granet.monitor import TopologyMonitor
+from granet.training import build
+from granet.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     get_rng_state,
@@ -22,17 +25,14 @@ from granet.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from granet.config import TrainConfig, resume_conflicts
-from granet.data import derive_seed
-from granet.flops import TrainingFlops, inference_flops, measure
-from granet.machine import this_machine
-from granet.monitor import TopologyMonitor
-from granet.passes import Passes
-from granet.processes import Processes, joined
-from granet.progress import Progress, RunningMetrics
-from granet.record import NoRecord, Record, RunRecord
-from granet.stopping import Stopped, StopSignals
-from granet.telemetry import (
+from granet.training.config import TrainConfig, resume_conflicts
+from granet.training.machine import this_machine
+from granet.training.passes import Passes
+from granet.training.processes import Processes, joined
+from granet.training.progress import Progress, RunningMetrics
+from granet.training.record import NoRecord, Record, RunRecord
+from granet.training.stopping import Stopped, StopSignals
+from granet.training.telemetry import (
     BEST,
     LAST,
     SUMMARY,

@@ -29,9 +29,9 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from granet.explain import explain
-from granet.method_arguments import ARGUMENTS, method_parameters
 from granet.methods import METHODS
+from granet.training.explain import explain
+from granet.training.method_arguments import ARGUMENTS, method_parameters
 
 Time = Annotated[int | str, Field(union_mode="left_to_right")]
 Share = Annotated[float, Field(ge=0, lt=1)]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from granet.checkpoint import load_checkpoint
-from granet.config import MACHINE_FIELDS, SPARSE_FIELDS, TrainConfig, field_schemas
-from granet.telemetry import LAST, SUMMARY, Summary, read_summary
+from granet.training.checkpoint import load_checkpoint
+from granet.training.config import MACHINE_FIELDS, SPARSE_FIELDS, TrainConfig, field_schemas
+from granet.training.telemetry import LAST, SUMMARY, Summary, read_summary
 from granet_kernels import unpack_mask
 
 MASK_SUFFIX = "packed_mask"

@@ -1,0 +1,1 @@
+"""The commands of the program: a module each, with `add_arguments` and `run`."""

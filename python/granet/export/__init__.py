@@ -1,0 +1,1 @@
+"""Trained networks in other forms, and without what nothing depends on."""

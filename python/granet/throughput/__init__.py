@@ -1,0 +1,1 @@
+"""What `granet bench` measures: steps of a network, timed in turn, beside the roofline of the machine."""
