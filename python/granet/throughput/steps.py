@@ -72,6 +72,7 @@ def _layout(setting: Setting) -> torch.memory_format:
 
 
 def make_network(setting: Setting, network: str, sparsity: float) -> nn.Module:
+    """`dense`, or with random masks, the same weights in each."""
     torch.manual_seed(setting.seed)
     model = create_model(
         setting.model, num_classes=setting.num_classes, in_channels=setting.sample_shape[0]
@@ -125,8 +126,8 @@ def training_step(
 def inference_step(
     setting: Setting, model: nn.Module, network: str, batch: tuple[Tensor, Tensor]
 ) -> Callable[[], None]:
-    images, _ = batch
     """Forward, without gradients."""
+    images, _ = batch
     model.eval()
     if network == "dense":
         model = _folded(model)
