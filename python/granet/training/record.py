@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from torch import nn
 
@@ -25,8 +24,8 @@ from granet.training.telemetry import (
 )
 
 
-class Record(Protocol):
-    """Takes a run's news."""
+class Record:
+    """Takes a run's news, and keeps nothing of them: of the processes that are not the first."""
 
     def begin(self) -> None:
         """Before any other."""
@@ -48,12 +47,13 @@ class Record(Protocol):
 
     def sinks(self) -> list[Sink]:
         """What a monitor of the masks reports to."""
+        return []
 
     def close(self) -> None:
         """Write what is still in memory; leave the terminal as it was."""
 
 
-class RunRecord:
+class RunRecord(Record):
     """Writes into the run's directory, from where the run stands, and shows it to the user.
 
     Args:
@@ -136,32 +136,3 @@ class RunRecord:
         """Close the events and the display."""
         self._events.close()
         self._display.close()
-
-
-class NoRecord:
-    """Of the processes that are not the first."""
-
-    def begin(self) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def step(self, step: int) -> None:
-        """Nothing."""
-
-    def running(self, epoch: int, step: int, loss: float, lr: float) -> None:
-        """Nothing."""
-
-    def trained(self, epoch: int) -> None:
-        """Nothing."""
-
-    def epoch(self, metrics: EpochMetrics) -> None:
-        """Nothing."""
-
-    def sinks(self) -> list[Sink]:
-        """None."""
-        return []
-
-    def close(self) -> None:
-        """Nothing."""

@@ -30,7 +30,7 @@ from granet.training.machine import this_machine
 from granet.training.passes import Passes
 from granet.training.processes import Processes, joined
 from granet.training.progress import Progress, RunningMetrics
-from granet.training.record import NoRecord, Record, RunRecord
+from granet.training.record import Record, RunRecord
 from granet.training.stopping import Stopped, StopSignals
 from granet.training.telemetry import (
     BEST,
@@ -128,7 +128,7 @@ class Trainer:
             self.start()
         else:
             self.restore(resume)
-        self.record: Record = NoRecord()
+        self.record = Record()
         if processes.is_first:
             machine = this_machine(
                 self.device,
