@@ -316,3 +316,20 @@ def test_a_misspelt_flag_is_one_line_with_what_is_close(
     assert capsys.readouterr().err.startswith("granet train: error: unknown argument '--spars'")
     assert granet("check", "--sparsity", "0.9") == 2
     assert capsys.readouterr().err == "granet check: error: unknown argument '--sparsity'\n"
+
+
+def test_settings_may_stand_on_both_sides_of_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[tuple[TrainConfig, object]] = []
+    monkeypatch.setattr(
+        train_command, "run", lambda args: taken.append(train_command.settings(args)) or 0
+    )
+    assert (
+        cli.main(["train", "lr=0.2", "-c", "rigl", "seed=3", "--epochs", "4", "sparsity=0.8"]) == 0
+    )
+    [(config, _)] = taken
+    assert (config.lr, config.seed, config.epochs, config.sparsity) == (0.2, 3, 4, 0.8)
+    assert config.method == "rigl"
+    assert cli.main(["train", "lr=0.2", "--epochs", "4", "--speed=3"]) == 2
+    assert "unknown argument '--speed=3'" in capsys.readouterr().err

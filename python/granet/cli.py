@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with user_errors(called):
             parser = make_parser(called)
         args, unknown = parser.parse_known_args(words)
+        unknown = _take_settings(args, unknown)
         if unknown:
             print(f"granet {called}: error: {_unknown(unknown[0], called)}", file=sys.stderr)
             return 2
@@ -69,6 +70,18 @@ def make_parser(called: str | None = None) -> argparse.ArgumentParser:
 
 def _module(command: str) -> Any:
     return importlib.import_module(f"granet.commands.{command}")
+
+
+def _take_settings(args: argparse.Namespace, unknown: list[str]) -> list[str]:
+    """Give the KEY=VALUE among them to `args`, and return the rest.
+
+    argparse wants positional arguments in one place, and leaves those between flags over.
+    """
+    settings = [word for word in unknown if "=" in word and not word.startswith("-")]
+    if not hasattr(args, "settings"):
+        return unknown
+    args.settings += settings
+    return [word for word in unknown if word not in settings]
 
 
 def _unknown(argument: str, command: str) -> str:
