@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from granet import models
 from granet.cli import main
 from granet.export.formats import FORMATS, compacted, expanded, export, load_compact
+from granet.training.checkpoint import load_checkpoint
 from granet.training.train import train
 from granet_kernels import compress, densify, masked_layers, sparsify
-from tests.tiny_runs import tiny, tiny_config  # noqa: F401
+from tests.tiny_runs import make_network, tiny, tiny_config  # noqa: F401
 
 
 def network(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
@@ -107,7 +112,26 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export(network(), "onnx", tmp_path / "net", (2, 5, 5))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def pasted(printed: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Of what the command prints: how each format's file is loaded."""
+    monkeypatch.setattr(models, "create_model", make_network)
+    parts = re.split(r"^(?=\S)", printed, flags=re.M)[1:]
+    names = {".dense.pt": "dense", ".compressed.pt": "compressed", ".onnx": "onnx"}
+    found = {}
+    for part in parts:
+        head, _, lines = part.partition("\n")
+        form = next((name for end, name in names.items() if f"best{end}:" in head), None)
+        if "best.safetensors:" in head:
+            form = "safetensors"
+        if form is not None:
+            found[form] = textwrap.dedent(lines)
+    assert {"dense", "compressed", "safetensors"} <= found.keys()
+    return found
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(tmp_path)
     train(config)
     capsys.readouterr()
@@ -116,10 +140,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{tmp_path}/out/best.dense.pt: " in printed
     for form in FORMATS:
         assert f"best.{form}" in printed or f"{form}: left out" in printed
-    assert (
-        "model = granet.models.create_model('resnet_tiny', num_classes=10, in_channels=1)"
-        in printed
-    )
+    expected = load_checkpoint(config.run_directory / "best.pt").network
+    for form, lines in pasted(printed, monkeypatch).items():
+        found: dict[str, Any] = {}
+        exec(lines, found)
+        if form == "onnx":
+            assert found["session"].get_inputs()
+            continue
+        weights = dict(found["model"].state_dict())
+        if form == "compressed":
+            assert sum(v.numel() for k, v in weights.items() if k.endswith("values")) == 159
+        else:
+            assert torch.equal(weights["5.weight"], expected["5.weight"]), form
     assert main(["export", str(config.run_directory / "last.pt"), "--format", "dense"]) == 0
     assert (config.run_directory / "last.dense.pt").is_file()
     dense = tiny_config(tmp_path, method="dense", experiment="dense", epochs=1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from granet import cli
 from granet.commands import report, tables
 from granet.training import runs
 from granet.training.checkpoint import ENTRIES, save_checkpoint
@@ -90,8 +91,8 @@ def test_seeds_make_one_row(tmp_path: Path) -> None:
     header, rows = report.table([runs.read_run(path) for path in paths])
     assert header == list(report.COLUMNS)
     assert rows == [
-        ["granet", "0.5000", "91.00 ± 1.41", "2", "0.750", "0.500", "12 ± 3", "2"],
-        ["dense", "0.0000", "97.50", "4", "0.750", "1.000", "10", "1"],
+        ["granet", "0.5000", "91.00 ± 1.41", "2", "0.750", "0.500", "12.0 ± 2.8", "2"],
+        ["dense", "0.0000", "97.50", "4", "0.750", "1.000", "10.0", "1"],
     ]
 
 
@@ -113,7 +114,7 @@ def test_what_else_differs_gets_a_column(tmp_path: Path) -> None:
 def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
     run = runs.read_run(make_run(tmp_path / "a", finished=False))
     _, rows = report.table([run])
-    expected = ["granet", "0.5000", "-", "2", "0.250", "-", "5", "1 (1 unfinished)"]
+    expected = ["granet", "0.5000", "-", "2", "0.250", "-", "5.0", "1 (1 unfinished)"]
     assert rows == [expected]
 
 
@@ -176,3 +177,28 @@ def test_a_terminal_gets_a_drawn_table(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     tables.show(["method", "n"], [["granet", "1"]])
     assert "───" in capsys.readouterr().out
+
+
+def test_runs_of_other_processes_are_another_setup(tmp_path: Path) -> None:
+    """Two processes have twice the batch."""
+    one = runs.read_run(make_run(tmp_path / "one", seed=0))
+    two = dataclasses.replace(runs.read_run(make_run(tmp_path / "two", seed=1)), processes=2)
+    header, rows = report.table([one, two])
+    assert header[1] == "processes"
+    assert [row[1] for row in rows] == ["1", "2"]
+
+
+def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run that has finished, or the first."""
+    make_run(tmp_path / "a", seed=0, finished=False)
+    make_run(tmp_path / "b", seed=0, test_acc=80.0)
+    make_run(tmp_path / "c", seed=0, test_acc=80.0)
+    make_run(tmp_path / "d", seed=1, test_acc=82.0)
+    assert cli.main(["report", str(tmp_path), "--csv", str(tmp_path / "new" / "all.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "81.00 ± 1.41" in printed
+    for name in "ac":
+        assert (
+            f"{tmp_path / name}: left out, the same setup and seed as {tmp_path / 'b'}" in printed
+        )
+    assert f"{tmp_path / 'new' / 'all.csv'}: 4 runs" in printed

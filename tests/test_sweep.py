@@ -21,11 +21,24 @@ LINE = [
 
 
 def test_points_are_every_combination_and_dense_once_a_seed() -> None:
-    found = points({"epochs": 2}, ["dense", "gmp"], [0.8, 0.9], [3, 4], "runs/x")
+    found = points({"epochs": 2}, {}, ["dense", "gmp"], [0.8, 0.9], [3, 4], "runs/x")
     names = [point.config.run_directory.name for point in found]
     assert names == ["dense-3", "gmp-0.8-3", "gmp-0.9-3", "dense-4", "gmp-0.8-4", "gmp-0.9-4"]
     assert [point.config.sparsity for point in found[1:3]] == [0.8, 0.9]
     assert all(point.config.epochs == 2 for point in found)
+
+
+def test_what_is_typed_wins_over_a_recipe_and_a_recipe_over_a_file() -> None:
+    base = {"drop_fraction": 0.2, "lr": 0.2}
+    [file] = points(base, {}, ["granet-dense"], [0.9], [0], "x")
+    assert (file.config.drop_fraction, file.config.lr) == (0.5, 0.2)
+    [typed] = points(base, {"drop_fraction": 0.1, "lr": 0.3}, ["granet-dense"], [0.9], [0], "x")
+    assert (typed.config.drop_fraction, typed.config.lr) == (0.1, 0.3)
+
+
+def test_a_method_needs_no_recipe() -> None:
+    [static] = points({}, {}, ["static"], [0.9], [0], "x")
+    assert static.config.method == "static"
 
 
 def test_a_sweep_that_was_stopped_goes_on(
@@ -59,7 +72,7 @@ def test_a_sweep_that_was_stopped_goes_on(
 
 def test_the_table_sets_the_papers_figures_beside_ours(tmp_path: Path) -> None:
     found = points(
-        {"dataset": "digits", "epochs": 1, "batch_size": 256, "log_interval": 0},
+        {"dataset": "digits", "epochs": 1, "batch_size": 256, "log_interval": 0}, {},
         ["snip"], [0.9], [0], str(tmp_path),
     )  # fmt: skip
     sweeping.train_point(found[0])
@@ -71,9 +84,9 @@ def test_figures_have_their_provenance() -> None:
     for dataset, model in FIGURES:
         assert f"{dataset}-{model.removesuffix('_cifar')}" in recipes.names()
         assert (dataset, model) in DENSE
-    assert str(figure("cifar10", "vgg19_cifar", "granet-dense", 0.9)) == "93.80 (2nd)"
+    assert str(figure("cifar10", "vgg19_cifar", "granet-dense", 0.9)) == "93.80 (second source)"
     assert str(figure("cifar10", "vgg19_cifar", "granet", 0.9)) == "93.73 (recalled)"
-    assert str(figure("cifar100", "resnet50_cifar", "dense", 0.0)) == "78.23 (2nd)"
+    assert str(figure("cifar100", "resnet50_cifar", "dense", 0.0)) == "78.23 (second source)"
     assert figure("cifar100", "resnet50_cifar", "granet", 0.9) is None
     assert set().union(*FIGURES.values()) <= set(recipes.names())
 
@@ -81,8 +94,13 @@ def test_figures_have_their_provenance() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--methods", "digits"], "methods: expected recipes of methods, got 'digits'"),
-        (["--methods", "grant"], "recipes: granet"),
+        (["--methods", "digits"], "files of settings, got 'digits'"),
+        (
+            ["--methods", "grant"],
+            "methods: expected some of dense, gmp, granet, granet-dense, grasp,",
+        ),
+        (["--seed", "3"], "seed: a sweep takes --seeds, got '3'"),
+        (["method=rigl"], "method: a sweep takes --methods, got 'rigl'"),
         (["--sparsities", "high"], "sparsities: expected numbers between commas, got 'high'"),
     ],
 )

@@ -60,14 +60,15 @@ def test_mixup_is_torchvision_s(tmp_path: Path) -> None:
 
 
 def test_the_average_is_the_usual_one(tmp_path: Path) -> None:
-    """The first step's weights, then 0.7 of what there is and 0.3 of each step's."""
+    """The first step's weights, then 2/11, 3/12 and so on of what there is, and at last 0.7."""
     config = tiny_config(tmp_path, method="dense", smoothing=0.1, **AVERAGED)
     train(config)
     average: dict[str, Tensor] = {}
-    for model, _, _ in by_hand(config):
+    for step, (model, _, _) in enumerate(by_hand(config)):
+        decay = min(0.7, (1 + step) / (10 + step))
         for name, value in model.named_parameters():
             before = average.get(name, value.detach())
-            average[name] = torch.lerp(before, value.detach(), 1 - 0.7)
+            average[name] = torch.lerp(before, value.detach(), 1 - decay)
     expected = copy.deepcopy(dict(model.state_dict())) | average  # statistics as they are
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     for name, value in checkpoint.network.items():

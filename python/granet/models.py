@@ -281,7 +281,7 @@ def _timm_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
         import timm
     except ImportError as error:
         raise ImportError(
-            f"model: 'timm/{name}' is timm's, which cannot be imported ({error})"
+            f"model: 'timm/{name}' is timm's, which cannot be imported ({error}); pip install timm"
         ) from error
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=5)

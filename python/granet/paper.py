@@ -20,7 +20,8 @@ class Figure:
     provenance: Provenance
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.2f} ({self.provenance})"
+        source = "second source" if self.provenance == "2nd" else "recalled"
+        return f"{self.accuracy:.2f} ({source})"
 
 
 def _row(*cells: str) -> dict[float, Figure]:

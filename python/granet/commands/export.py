@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,19 +22,41 @@ SUFFIXES = {
     "onnx": ".onnx",
 }
 LOADING = {
-    "dense": "model.load_state_dict(torch.load(FILE))",
-    "safetensors": "granet.export.formats.load_compact(FILE, model), masked or dense",
-    "compressed": "compress(sparsify(model)).load_state_dict(torch.load(FILE))",
-    "onnx": "onnxruntime.InferenceSession(FILE)",
+    "dense": """\
+import torch
+from granet.models import create_model
+model = {model}
+model.load_state_dict(torch.load({file!r}))""",
+    "safetensors": """\
+from pathlib import Path
+from granet.export.formats import load_compact
+from granet.models import create_model
+from granet_kernels import sparsify
+model = load_compact(Path({file!r}), sparsify({model}))  # or dense, without sparsify""",
+    "compressed": """\
+import torch
+from granet.models import create_model
+from granet_kernels import compress, sparsify
+model = compress(sparsify({model}))
+model.load_state_dict(torch.load({file!r}))""",
+    "onnx": """\
+import onnxruntime
+session = onnxruntime.InferenceSession({file!r})""",
 }
+"""How to load a file, to be pasted."""
 SLIM_SUFFIXES = {
     "dense": ".slim.dense.pt2",
     "compressed": ".slim.compressed.pt2",
     "onnx": ".slim.onnx",
 }
 SLIM_LOADING = {
-    "dense": "model = torch.export.load(FILE).module()",
-    "compressed": "import granet_kernels; model = torch.export.load(FILE).module()",
+    "dense": """\
+import torch
+model = torch.export.load({file!r}).module()""",
+    "compressed": """\
+import torch
+import granet_kernels  # which has the operators
+model = torch.export.load({file!r}).module()""",
     "onnx": LOADING["onnx"],
 }
 Write = Callable[[nn.Module, str, Path, tuple[int, ...]], int]
@@ -89,12 +112,10 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(what_went(removal)))
         _write(args, stem, removal.model, shape, export_program, SLIM_SUFFIXES, SLIM_LOADING)
         return 0
-    _write(args, stem, model.eval(), shape, export, SUFFIXES, LOADING)
-    config = checkpoint.config
-    print(
-        f"model = granet.models.create_model({config.model!r}, num_classes={source.num_classes}, "
-        f"in_channels={shape[0]})"
-    )
+    name, classes = checkpoint.config.model, source.num_classes
+    architecture = f"create_model({name!r}, num_classes={classes}, in_channels={shape[0]})"
+    loading = {form: text.replace("{model}", architecture) for form, text in LOADING.items()}
+    _write(args, stem, model.eval(), shape, export, SUFFIXES, loading)
     return 0
 
 
@@ -107,7 +128,7 @@ def _write(
     suffixes: Mapping[str, str],
     loading: Mapping[str, str],
 ) -> None:
-    """A file for each format, or a line that says why there is none."""
+    """A file for each format and how to load it, or a line that says why there is none."""
     for form in args.format or suffixes:
         target = stem.with_name(f"{stem.name}{suffixes[form]}")
         try:
@@ -117,7 +138,9 @@ def _write(
                 raise
             print(f"{form}: left out, {error}")
             continue
-        print(f"{target}: {size:,} bytes; {loading[form]}")
+        lines = loading[form].replace("{file!r}", repr(str(target)))
+        print(f"{target}: {size:,} bytes")
+        print(textwrap.indent(lines, "    "))
 
 
 def what_went(removal: Removal) -> list[str]:
@@ -126,6 +149,8 @@ def what_went(removal: Removal) -> list[str]:
         f"{name or '(the model)'}: {before:,} channels, {after:,} left"
         for name, (before, after) in removal.channels.items()
     ]
+    if not removal.channels:
+        return ["no channel can be left out"]
     (dead, still), (weights, left) = removal.dead, removal.parameters
     lines.append(
         f"{sum(before - after for before, after in removal.channels.values()):,} channels removed, "

@@ -96,10 +96,20 @@ def settings_given(args: argparse.Namespace) -> dict[str, object]:
         FileNotFoundError: -c names neither a file nor a recipe.
         ValueError: a file or an argument does not hold settings.
     """
+    return settings_in_files(args) | settings_typed(args)
+
+
+def settings_in_files(args: argparse.Namespace) -> dict[str, object]:
+    """The fields in the files and recipes of -c; raises what `settings_given` does."""
     given: dict[str, object] = {}
     for name in args.config:
         given |= recipes.read(name)
-    return given | parse_settings(args.settings) | flags_given(args)
+    return given
+
+
+def settings_typed(args: argparse.Namespace) -> dict[str, object]:
+    """The fields on the command line itself: KEY=VALUE, then flags; ValueError as `settings_given`."""
+    return parse_settings(args.settings) | flags_given(args)
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, object]:

@@ -18,6 +18,7 @@ from granet.training.runs import (
     find_runs,
     group_runs,
     read_run,
+    repeated,
     setup_of,
     varying_fields,
 )
@@ -36,7 +37,7 @@ def table(runs: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
     extra = varying_fields(runs)
     rows = []
     for group in group_runs(runs):
-        setup = setup_of(group[0].config)
+        setup = setup_of(group[0])
         done = [run.summary for run in group if run.summary is not None]
         counted = [run.counted for run in group]
         ratios = [run.train_flops_ratio for run in group if run.train_flops_ratio is not None]
@@ -49,7 +50,7 @@ def table(runs: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
             spread([count.active for count in counted], "{:,.0f}"),
             spread(ratios, "{:.3f}"),
             spread([summary.inference_flops_ratio for summary in done], "{:.3f}"),
-            spread([run.seconds for run in group], "{:.0f}"),
+            spread([run.seconds for run in group], "{:.1f}"),
             str(len(group)) + (f" ({unfinished} unfinished)" if unfinished else ""),
         ])  # fmt: skip
     return [COLUMNS[0], *extra, *COLUMNS[1:]], rows
@@ -119,14 +120,25 @@ def run(args: argparse.Namespace) -> int:
             print(f"NOTE: {error}")  # of runs/*, where other things may lie
     if not runs:
         raise FileNotFoundError("run: expected run directories, found none")
+    others = repeated(runs)
+    left_out = [
+        f"{runs[place].directory}: left out, the same setup and seed as {other.directory}"
+        for place, other in others.items()
+    ]
+    everything, runs = runs, [run for place, run in enumerate(runs) if place not in others]
     header, rows = table(runs)
-    notes = [CAPTION, *agreement(runs)]
+    notes = [CAPTION, *agreement(runs), *left_out]
     show(header, rows)
     print("\n".join(notes))
+    for path in (args.csv, args.html):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     if args.csv is not None:
-        write_csv(args.csv, runs)
+        write_csv(args.csv, everything)
+        print(f"{args.csv}: {len(everything)} runs")
     if args.html is not None:
         from granet.page.document import render, write_page  # needs the train extra
 
         write_page(args.html, render(runs, header=header, rows=rows, notes=notes))
+        print(f"{args.html}: {args.html.stat().st_size:,} bytes")
     return 0

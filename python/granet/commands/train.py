@@ -11,9 +11,8 @@ from pathlib import Path
 from granet.commands.flags import (
     add_config_flags,
     add_flags,
-    flags_given,
-    parse_settings,
     settings_given,
+    settings_typed,
 )
 from granet.commands.user_errors import user_errors
 from granet.training.checkpoint import Checkpoint, load_checkpoint
@@ -128,8 +127,7 @@ def settings(args: argparse.Namespace) -> tuple[TrainConfig, Checkpoint | None]:
         path = path / (BEST if is_best else LAST)
     checkpoint = load_checkpoint(path)
     config = build_config(dataclasses.asdict(checkpoint.config), given)
-    typed = parse_settings(args.settings) | flags_given(args)
-    return _in_directory(config, checkpoint.path.parent, typed), checkpoint
+    return _in_directory(config, checkpoint.path.parent, settings_typed(args)), checkpoint
 
 
 def _in_directory(config: TrainConfig, directory: Path, flags: dict[str, object]) -> TrainConfig:

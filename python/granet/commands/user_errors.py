@@ -17,7 +17,9 @@ def user_errors(command: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     except ImportError as error:
-        message = f"{error}; pip install --no-build-isolation '.[train]' brings what is missing"
+        message = str(error)
+        if "install" not in message:
+            message += "; pip install --no-build-isolation '.[train]' brings what is missing"
     else:
         return
     print(f"granet {command}: error: {message}", file=sys.stderr)

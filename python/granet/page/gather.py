@@ -119,17 +119,18 @@ def gather(results: Sequence[RunResult]) -> list[Setup]:
     """
     extra = varying_fields(results)
     return [
-        _setup(index, label_of(group[0].config, extra), group)
+        _setup(index, label_of(group[0], extra), group)
         for index, group in enumerate(group_runs(results))
     ]
 
 
-def label_of(config: TrainConfig, extra: Sequence[str]) -> str:
+def label_of(run: RunResult, extra: Sequence[str]) -> str:
     """A setup in few words: its method, its sparsity, and the fields in which setups differ."""
+    config = run.config
     parts = [config.method]
     if config.method != "dense":
         parts.append(f"{config.sparsity:.4g}")
-    own = setup_of(config)
+    own = setup_of(run)
     for name in extra:
         value = own.get(name)
         if value is not None and value is not False:

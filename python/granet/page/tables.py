@@ -72,7 +72,7 @@ def runs(setups: Sequence[Setup]) -> Table:
 
 def settings(setups: Sequence[Setup]) -> Table:
     """What all setups share; a dense run has no say in how others are sparse."""
-    fields = [setup_of(setup.config) for setup in setups]
+    fields = [setup_of(setup.runs[0].result) for setup in setups]
     names = dict.fromkeys(itertools.chain.from_iterable(fields))
     values = {name: [own[name] for own in fields if name in own] for name in names}
     shared = {name: own[0] for name, own in values.items() if len(set(map(repr, own))) == 1}

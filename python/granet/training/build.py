@@ -223,11 +223,19 @@ def build_average(
 ) -> AveragedModel | None:
     """The average of the weights over the steps, which has the model's masks; None unless asked for.
 
-    What is no parameter, such as batch norm's statistics, it has from the model, as it is.
+    What is no parameter, such as batch norm's statistics, it has from the model, as it is. The decay
+    rises to its value as (1 + n) / (10 + n) with the steps n, so that a short run does not end near its
+    start.
     """
     if not config.model_ema:
         return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.model_ema_decay))
+
+    def update(averages: Any, values: Any, _: object) -> None:
+        steps = int(average.n_averaged)  # on the host, where what is handed in may be on the device
+        decay = min(config.model_ema_decay, (1 + steps) / (10 + steps))
+        get_ema_multi_avg_fn(decay)(averages, values, steps)
+
+    average = AveragedModel(model, multi_avg_fn=update)
     if sparsifier is not None:
         sparsifier.follow(average)
     return average

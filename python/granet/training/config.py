@@ -102,7 +102,7 @@ class TrainConfig:
     model_ema: bool = False
     """Validate, test and keep the average of the weights over the steps, not the last weights."""
     model_ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
-    """Share of the average that a step leaves as it was."""
+    """Share of the average that a step leaves as it was, in the end; less in the first steps."""
     amp: bool = False
     """Automatic mixed precision; float16 scales the loss to keep small gradients."""
     amp_dtype: Literal["float16", "bfloat16"] = "float16"

@@ -48,6 +48,8 @@ class RunResult:
     """The checkpoint that the result is about: last.pt of an unfinished run."""
     config: TrainConfig
     """Its configuration, from the checkpoint."""
+    processes: int
+    """That trained together; each had the batch size to itself."""
     summary: Summary | None
     """Its result; None if it has not finished."""
     counted: WeightCount
@@ -131,6 +133,7 @@ def read_run(directory: Path) -> RunResult:
         directory=directory,
         checkpoint=path,
         config=checkpoint.config,
+        processes=1 + len(checkpoint.entries["other_rngs"]),
         summary=summary,
         counted=counted,
         seconds=summary.seconds if summary else checkpoint.entries["progress"]["seconds"],
@@ -138,24 +141,43 @@ def read_run(directory: Path) -> RunResult:
     )
 
 
-def setup_of(config: TrainConfig) -> dict[str, object]:
-    """What makes two runs comparable: every field that matters but the seed."""
+def setup_of(run: RunResult) -> dict[str, object]:
+    """What makes two runs comparable: every field that matters but the seed, and the processes."""
+    config = run.config
     ignored = MACHINE_FIELDS | {"seed"} | (SPARSE_FIELDS if config.method == "dense" else set())
-    return {name: getattr(config, name) for name in field_schemas() if name not in ignored}
+    if not config.model_ema:
+        ignored |= {"model_ema_decay"}
+    fields = {name: getattr(config, name) for name in field_schemas() if name not in ignored}
+    return fields | {"processes": run.processes}
 
 
 def group_runs(runs: Sequence[RunResult]) -> list[list[RunResult]]:
     """Runs of one setup together, in order of first appearance."""
     groups: dict[str, list[RunResult]] = {}
     for run in runs:
-        groups.setdefault(repr(setup_of(run.config)), []).append(run)
+        groups.setdefault(repr(setup_of(run)), []).append(run)
     return list(groups.values())
+
+
+def repeated(runs: Sequence[RunResult]) -> dict[int, RunResult]:
+    """Runs (by their place) that have the setup and seed of another, which is to be counted: the first
+    that has finished, or the first. A mean over both would pretend to know more than it does.
+    """
+    counted: dict[str, RunResult] = {}
+    for run in sorted(runs, key=lambda run: run.summary is None):
+        counted.setdefault(repr((setup_of(run), run.config.seed)), run)
+    others = {}
+    for place, run in enumerate(runs):
+        other = counted[repr((setup_of(run), run.config.seed))]
+        if other is not run:
+            others[place] = other
+    return others
 
 
 def varying_fields(runs: Sequence[RunResult]) -> list[str]:
     """Fields in which setups differ, beyond method and sparsity, which have their columns."""
-    setups = [setup_of(run.config) for run in runs]
-    names = [name for name in field_schemas() if name not in ("method", "sparsity")]
+    setups = [setup_of(run) for run in runs]
+    names = [name for name in (*field_schemas(), "processes") if name not in ("method", "sparsity")]
     return [
         name
         for name in names
