@@ -18,6 +18,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
     "bench.md": "bench/README.md",
+    "study.md": "bench/results/study/README.md",
     "h100.md": "bench/results/nvidia-h100-80gb-hbm3/README.md",
 }
 """Page -> the file it is, from the repository's root."""
