@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,5 +23,7 @@ def user_errors(command: str) -> Iterator[None]:
             message += "; pip install --no-build-isolation '.[train]' brings what is missing"
     else:
         return
-    print(f"granet {command}: error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of torchrun's processes, which mostly say the same
+    where = "" if rank == "0" else f" (process {rank})"
+    print(f"granet {command}: error{where}: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -52,6 +52,8 @@ def choose_device(name: str, processes: Processes = Processes()) -> torch.device
         present = torch.cuda.device_count()
         raise ValueError(
             f"device: expected one of the {present} CUDA devices present, got {name!r}"
+            if present
+            else f"device: expected cpu where PyTorch finds no CUDA device, got {name!r}"
         )
     if device.type == "cuda" and processes.count > 1 and device.index != processes.local_rank:
         raise ValueError(
