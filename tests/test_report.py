@@ -103,8 +103,8 @@ def test_what_else_differs_gets_a_column(tmp_path: Path) -> None:
         make_run(tmp_path / "c", method="dense", init_sparsity=0.1),
     ]
     header, rows = report.table([runs.read_run(path) for path in paths])
-    assert header[:4] == ["method", "lr", "update_freq", "sparsity"]
-    assert [row[:3] for row in rows] == [
+    assert header[:5] == ["method", "sparsity", "test acc. %", "lr", "update_freq"]
+    assert [[row[0], *row[3:5]] for row in rows] == [
         ["granet", "0.1", "5"],
         ["granet", "0.2", "2%"],
         ["dense", "0.1", "-"],
@@ -184,8 +184,8 @@ def test_runs_of_other_processes_are_another_setup(tmp_path: Path) -> None:
     one = runs.read_run(make_run(tmp_path / "one", seed=0))
     two = dataclasses.replace(runs.read_run(make_run(tmp_path / "two", seed=1)), processes=2)
     header, rows = report.table([one, two])
-    assert header[1] == "processes"
-    assert [row[1] for row in rows] == ["1", "2"]
+    assert header[3] == "processes"
+    assert [row[3] for row in rows] == ["1", "2"]
 
 
 def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,16 +44,16 @@ def table(runs: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
         unfinished = len(group) - len(done)
         rows.append([
             group[0].config.method,
-            *("-" if setup.get(name) is None else str(setup[name]) for name in extra),
             spread([count.sparsity for count in counted], "{:.4f}"),
             spread([summary.test_acc for summary in done], "{:.2f}"),
+            *("-" if setup.get(name) is None else str(setup[name]) for name in extra),
             spread([count.active for count in counted], "{:,.0f}"),
             spread(ratios, "{:.3f}"),
             spread([summary.inference_flops_ratio for summary in done], "{:.3f}"),
             spread([run.seconds for run in group], "{:.1f}"),
             str(len(group)) + (f" ({unfinished} unfinished)" if unfinished else ""),
         ])  # fmt: skip
-    return [COLUMNS[0], *extra, *COLUMNS[1:]], rows
+    return [*COLUMNS[:3], *extra, *COLUMNS[3:]], rows
 
 
 def agreement(runs: Sequence[RunResult]) -> list[str]:
