@@ -126,7 +126,8 @@ BAD_INPUT = {
     "--device tpu": "device: expected auto, cpu, cuda or cuda:N, got 'tpu'",
     "--backend nope": "backend: expected one of",
     "--amp --dtype bfloat16": "amp: expected dtype float32 with it, got bfloat16",
-    "--csv nowhere/rows.csv": "No such file or directory",
+    "--csv nowhere/rows.csv": "csv: expected a folder, found none at nowhere",
+    "--threads 100000": "threads: expected at most this machine's",
     "--sparsity 0.9999": "sparsity: 0 active weights of 224 are fewer than the 2",
 }
 
@@ -428,3 +429,11 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_three_digits(value: float, text: str) -> None:
     assert bench_report.digits(value) == text
     assert math.isfinite(value)
+
+
+def test_a_table_that_is_there_survives_bad_input(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("precious")
+    with pytest.raises(SystemExit):
+        main(["bench", *"--sparsity 0.9999 --device cpu".split(), "--csv", str(table)])
+    assert table.read_text() == "precious"

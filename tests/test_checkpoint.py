@@ -248,3 +248,52 @@ def test_random_state_is_taken_and_given_back() -> None:
     torch.rand(5)
     set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda entries: entries.update(progress={}), "None as progress epoch"),
+        (lambda entries: entries["progress"].update(epoch=-1), "-1 as progress epoch"),
+        (lambda entries: entries["progress"].pop("running"), "progress that lacks its sums"),
+        (lambda entries: entries.update(optimizer={}), "an optimizer without state"),
+        (lambda entries: entries.update(model=None), "NoneType as model"),
+        (lambda entries: entries.update(other_rngs=None), "NoneType as other_rngs"),
+        (
+            lambda entries: entries["rng"].update(cpu=torch.zeros(3)),
+            "a random state of another kind",
+        ),
+        (lambda entries: entries.update(flops={}), "flops that lack their totals"),
+    ],
+)
+def test_broken_contents_are_named(
+    trainer: Trainer, damage: Callable[[Entries], object], message: str
+) -> None:
+    entries = copy.deepcopy(trainer.entries())
+    damage(entries)
+    path = trainer.directory / "last.pt"
+    save_checkpoint(path, entries)
+    with pytest.raises(
+        CheckpointError, match=f"expected a granet checkpoint, got one with {message}"
+    ):
+        load_checkpoint(path)
+
+
+def test_a_run_goes_on_in_as_many_processes_and_within_its_epoch(trainer: Trainer) -> None:
+    entries = copy.deepcopy(trainer.entries())
+    path = trainer.directory / "last.pt"
+    save_checkpoint(path, entries | {"other_rngs": [get_rng_state()]})
+    with pytest.raises(CheckpointError, match="expected a run of 1 processes, got one of 2"):
+        Trainer(trainer.config, resume=load_checkpoint(path))
+    entries["progress"]["batch"] = 9999
+    save_checkpoint(path, entries)
+    with pytest.raises(CheckpointError, match="expected an epoch of 5 batches, got batch 9999"):
+        Trainer(trainer.config, resume=load_checkpoint(path))
+
+
+def test_the_best_epoch_has_to_be_there_still(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    train(config)
+    (config.run_directory / "best.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"found no best\.pt"):
+        Trainer(config, resume=load_checkpoint(config.run_directory / "last.pt"))

@@ -22,7 +22,7 @@ from tests.pages import ROOT, blocks, inline_code, pages
 RUN_ELSEWHERE = {"docs/integrations.md": "tests/test_integrations.py"}
 NO_COMMANDS = {"docs/architecture.md": 1}
 """Indented blocks that are pictures, not commands."""
-OTHERS = {"--no-build-isolation", "--dryrun", "--nproc-per-node", "--help"}
+OTHERS = {"--no-build-isolation", "--dryrun", "--nproc-per-node", "--help", "--editable"}
 """Flags of pip, nvcc, torchrun, every command, and one of `granet report` that is on its way."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from granet import cli
 from granet.commands import report, tables
 from granet.training import runs
-from granet.training.checkpoint import ENTRIES, save_checkpoint
+from granet.training.checkpoint import ENTRIES, get_rng_state, save_checkpoint
 from granet.training.config import TrainConfig
 from granet.training.telemetry import Summary, read_summary, write_summary
 from granet_kernels import pack_mask
@@ -65,7 +65,10 @@ def make_run(
     entries |= {
         "config": dataclasses.asdict(config),
         "model": state,
-        "progress": {"seconds": 5.0},
+        "progress": dict.fromkeys(("epoch", "batch", "step", "total_steps"), 0)
+        | {"seconds": 5.0, "running": torch.zeros(3), "best_epoch": None},
+        "optimizer": {"state": {}, "param_groups": []},
+        "rng": get_rng_state(),
         "flops": {"sparse_total": 1.0, "dense_total": 4},
     }
     save_checkpoint(directory / "last.pt", entries)

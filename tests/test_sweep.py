@@ -99,6 +99,7 @@ def test_figures_have_their_provenance() -> None:
             ["--methods", "grant"],
             "methods: expected some of dense, gmp, granet, granet-dense, grasp,",
         ),
+        (["--seeds", "1.5"], "seeds: expected whole numbers between commas, got '1.5'"),
         (["--seed", "3"], "seed: a sweep takes --seeds, got '3'"),
         (["method=rigl"], "method: a sweep takes --methods, got 'rigl'"),
         (["--sparsities", "high"], "sparsities: expected numbers between commas, got 'high'"),
@@ -110,3 +111,17 @@ def test_a_sweep_that_cannot_be(
     with pytest.raises(SystemExit):
         main(["sweep", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_these(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [
+        "sweep", "--methods", "gmp,gmp", "--sparsities", "0.9", "--seeds", "0,0", "epochs=1",
+        "batch_size=256", "update_freq=2", "log_interval=0", "--output", str(tmp_path),
+    ]  # fmt: skip
+    assert main(line) == 0
+    assert "[1/1]" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*line, "lr=0.2"])
+    assert "settings differ: lr: 0.1 in the checkpoint, 0.2 now" in capsys.readouterr().err

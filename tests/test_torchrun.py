@@ -7,14 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from granet.data import Share
 from granet.training.checkpoint import load_checkpoint
-from granet.training.processes import Processes, started_by_torchrun
+from granet.training.processes import Processes, check_alike, started_by_torchrun
 from tests.data_files import open_cpu, same, write_fashion_mnist
 from tests.ranks import run_ranks
 
@@ -66,7 +66,7 @@ def test_two_processes_train_stop_resume_and_evaluate(tmp_path: Path) -> None:
 
     alone = granet("train", "--resume", str(tmp_path / "parts"), processes=1)
     assert alone.returncode == 2
-    assert "has the data changed, or the number of processes?" in alone.stderr
+    assert "expected a run of 1 processes, got one of 2" in alone.stderr
 
     results = [
         granet("train", "--resume", str(tmp_path / "parts"), "--eval-only", processes=processes)
@@ -112,6 +112,24 @@ def test_too_large_a_batch_says_among_how_many(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     with pytest.raises(ValueError, match="at most the number of training images, 27, over 8 proc"):
         open_cpu("fashion-mnist", tmp_path, share=Share(0, 8))
+
+
+class Two(Processes):
+    """This process and another one, which has the same but for what is said."""
+
+    other: ClassVar[dict[str, object]] = {}
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value, value | self.other]
+
+
+def test_settings_that_differ_between_processes_are_named() -> None:
+    check_alike(Two(0, 2), {"lr": 0.1, "seed": 0})
+    Two.other = {"seed": 1}
+    message = "seed: expected the same in all processes, got 0 in process 0 and 1 in process 1"
+    with pytest.raises(ValueError, match=message):
+        check_alike(Two(0, 2), {"lr": 0.1, "seed": 0})
+    Two.other = {}
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torchvision.transforms import v2
 
 from granet import cli
@@ -69,10 +70,14 @@ def test_the_average_is_the_usual_one(tmp_path: Path) -> None:
         for name, value in model.named_parameters():
             before = average.get(name, value.detach())
             average[name] = torch.lerp(before, value.detach(), 1 - decay)
-    expected = copy.deepcopy(dict(model.state_dict())) | average  # statistics as they are
+    averaged = copy.deepcopy(model)
+    averaged.load_state_dict(average, strict=False)
+    source = build.build_source(config, torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]):
+        update_bn(source.train_batches(2), averaged)  # statistics of its own, of the last epoch
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     for name, value in checkpoint.network.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(value, averaged.state_dict()[name], rtol=1e-5, atol=1e-6)
     assert not same(checkpoint.network, checkpoint.entries["model"])
 
 
@@ -112,6 +117,21 @@ def test_at_every_step_inactive_weights_of_the_average_are_zero(tmp_path: Path) 
         trainer.train_epoch()
         trainer.finish_epoch()
     assert seen == list(range(1, 16))
+
+
+def test_an_average_does_not_follow_a_rewind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_ema: expected a method that does not rewind"):
+        Trainer(tiny_config(tmp_path, method="lottery-ticket", rounds=2, **AVERAGED))
+
+
+def test_a_skipped_step_leaves_the_average_alone(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(tmp_path, **AVERAGED))
+    assert trainer.average is not None
+    trainer.passes.step = lambda *_: False  # type: ignore[method-assign, assignment]
+    trainer.after_step = lambda: None  # type: ignore[method-assign]
+    trainer.train_epoch()
+    assert int(trainer.average.n_averaged) == 0
+    assert trainer.progress.step == 0
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -122,11 +123,16 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
+    if args.csv and not args.csv.parent.is_dir():
+        raise FileNotFoundError(f"csv: expected a folder, found none at {args.csv.parent}")
+    processors = os.cpu_count() or 1
+    if args.threads is not None and args.threads > processors:
+        raise ValueError(
+            f"threads: expected at most this machine's {processors} processors, got {args.threads}"
+        )
     with ExitStack() as stack:
         stack.enter_context(_chosen_machine(args))
         file = None
-        if args.csv:
-            file = stack.enter_context(args.csv.open("w", newline="", encoding="utf-8"))
         title = heading(args, settings[0])
         for setting, mode in itertools.product(settings, modes):
             results, failures = measure(setting, mode, sparsities, rounds=args.rounds)
@@ -134,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
             title = ""
             show(*table(results))
             print("".join(f"{line}\n" for line in map(str, failures)), end="")
+            if args.csv and file is None:  # not before there is something to write over it
+                file = stack.enter_context(args.csv.open("w", newline="", encoding="utf-8"))
             if file:
                 write_rows(file, setting, results)
     print(LEGEND)

@@ -110,14 +110,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; the exit status."""
-    runs = []
+    found: dict[Path, RunResult] = {}
     for path in args.runs:
         try:
-            runs += [read_run(directory) for directory in find_runs(path)]
+            for directory in find_runs(path):
+                found.setdefault(directory.resolve(), read_run(directory))
         except FileNotFoundError as error:
             if len(args.runs) == 1:
                 raise
             print(f"NOTE: {error}")  # of runs/*, where other things may lie
+    runs = list(found.values())
     if not runs:
         raise FileNotFoundError("run: expected run directories, found none")
     others = repeated(runs)

@@ -9,9 +9,9 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from granet import recipes
 from granet.commands.flags import (
@@ -24,10 +24,12 @@ from granet.commands.tables import show, spread
 from granet.methods import METHODS
 from granet.paper import figure
 from granet.training.checkpoint import load_checkpoint
-from granet.training.config import TrainConfig, build_config
+from granet.training.config import TrainConfig, build_config, resume_conflicts
 from granet.training.runs import read_run
 from granet.training.stopping import Stopped
 from granet.training.telemetry import LAST, SUMMARY
+
+T = TypeVar("T")
 
 REPORTED = "reported by others"
 HEADER = (
@@ -68,7 +70,7 @@ def points(
     for seed, method in itertools.product(seeds, methods):
         settings = _settings_of(method)
         for sparsity in sparsities if method != "dense" else [0.0]:
-            name = f"{method}-{sparsity:g}-{seed}" if method != "dense" else f"dense-{seed}"
+            name = f"{method}-{sparsity}-{seed}" if method != "dense" else f"dense-{seed}"
             own: dict[str, Any] = {"seed": seed, "output": output, "experiment": name}
             if method != "dense":
                 own["sparsity"] = sparsity
@@ -91,11 +93,20 @@ def _settings_of(method: str) -> dict[str, object]:
 
 
 def train_point(point: Point) -> None:
-    """Train, resume, or skip what has been finished."""
+    """Train, resume, or skip what has been finished.
+
+    Raises:
+        ValueError: what has been finished had other settings.
+    """
     from granet.training.train import train  # needs the train extra
 
     directory = point.config.run_directory
     if (directory / SUMMARY).is_file():
+        done = load_checkpoint(directory / LAST).config
+        if conflicts := resume_conflicts(done, point.config):
+            raise ValueError(
+                f"{directory}: expected a run of this sweep; settings differ: {'; '.join(conflicts)}"
+            )
         return
     resume = load_checkpoint(directory / LAST) if (directory / LAST).is_file() else None
     train(point.config, resume=resume)
@@ -158,9 +169,9 @@ def run(args: argparse.Namespace) -> int:
     sweep = points(
         base,
         typed,
-        args.methods.split(","),
-        [float(part) for part in _numbers("sparsities", args.sparsities)],
-        [int(part) for part in _numbers("seeds", args.seeds)],
+        list(dict.fromkeys(args.methods.split(","))),
+        _numbers("sparsities", args.sparsities, float, "numbers"),
+        _numbers("seeds", args.seeds, int, "whole numbers"),
         str(output),
     )
     for number, point in enumerate(sweep, start=1):
@@ -184,8 +195,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(name: str, text: str) -> list[float]:
+def _numbers(name: str, text: str, kind: Callable[[str], T], expected: str) -> list[T]:
+    """Each once."""
     try:
-        return [float(part) for part in text.split(",")]
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
-        raise ValueError(f"{name}: expected numbers between commas, got {text!r}") from None
+        raise ValueError(f"{name}: expected {expected} between commas, got {text!r}") from None

@@ -112,8 +112,8 @@ def measure(
         ValueError: the dense network cannot be run; `sparsities` or `rounds` are out of range.
         ImportError: the model is of a package that is not installed.
     """
-    batch = make_batch(setting)
     try:
+        batch = make_batch(setting)
         dense = _prepared(setting, mode, "dense", 0.0, batch)
     except RuntimeError as error:
         shape = "x".join(map(str, setting.sample_shape))
@@ -127,7 +127,7 @@ def measure(
         except (RuntimeError, NotImplementedError) as error:
             reason = f"{type(error).__name__}: {error}"
             failures.append(Failure(network=network, sparsity=sparsity, reason=reason))
-    yardsticks = Yardsticks(setting.device, setting.compute_dtype)
+    yardsticks = Yardsticks(setting.device, yardstick_dtype(setting))
     calls = {subject.name: subject.step for subject in subjects}
     times = take_turns(calls | yardsticks.calls, setting.device, rounds=rounds, least_ms=LEAST_MS)
     rates = yardsticks.rates(times)
@@ -136,6 +136,12 @@ def measure(
         for subject in subjects
     ]
     return results, failures
+
+
+def yardstick_dtype(setting: Setting) -> torch.dtype:
+    """The compute dtype; float32 for float16 on a CPU, whose products may be slower than everything else."""
+    is_slow = setting.device.type == "cpu" and setting.compute_dtype is torch.float16
+    return torch.float32 if is_slow else setting.compute_dtype
 
 
 def _entries(

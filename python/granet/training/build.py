@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from granet.at_start import AtStart
 from granet.data import DataSource, Share, load_data
@@ -220,29 +219,6 @@ def _in_flags(message: str) -> str:
     return message
 
 
-def build_average(
-    config: TrainConfig, model: nn.Module, sparsifier: Sparsifier | None
-) -> AveragedModel | None:
-    """The average of the weights over the steps, which has the model's masks; None unless asked for.
-
-    What is no parameter, such as batch norm's statistics, it has from the model, as it is. The decay
-    rises to its value as (1 + n) / (10 + n) with the steps n, so that a short run does not end near its
-    start.
-    """
-    if not config.model_ema:
-        return None
-
-    def update(averages: Any, values: Any, _: object) -> None:
-        steps = int(average.n_averaged)  # on the host, where what is handed in may be on the device
-        decay = min(config.model_ema_decay, (1 + steps) / (10 + steps))
-        get_ema_multi_avg_fn(decay)(averages, values, steps)
-
-    average = AveragedModel(model, multi_avg_fn=update)
-    if sparsifier is not None:
-        sparsifier.follow(average)
-    return average
-
-
 def build_mix(
     config: TrainConfig, num_classes: int
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -285,7 +261,7 @@ def build_scheduler(
     sparsifier: Sparsifier | None = None,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """`lr_factor` as a learning rate schedule, one call a step; it starts over with every round."""
-    warmup_steps = round(config.warmup_epochs * total_steps / config.epochs)
+    warmup_steps = round(min(config.warmup_epochs, config.epochs) * total_steps / config.epochs)
     rounds = sparsifier if isinstance(sparsifier, LotteryTicket) else None
     length = total_steps if rounds is None else rounds.round_steps
 

@@ -129,8 +129,50 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION}, got {found!r}")
     if missing := ENTRIES - content.keys():
         raise CheckpointError(f"{path}: expected entries {sorted(missing)}, found none of them")
+    content = OPTIONAL | content
+    if problem := _broken(content):
+        raise CheckpointError(f"{path}: expected a granet checkpoint, got one with {problem}")
     config = _saved_config(path, content["config"])
-    return Checkpoint(path=path, config=config, entries=OPTIONAL | content)
+    return Checkpoint(path=path, config=config, entries=content)
+
+
+def _broken(entries: Mapping[str, Any]) -> str | None:
+    """What is not of the kind that it should be, of what this module and others read."""
+    kinds: dict[str, type] = {"other_rngs": list}
+    kinds |= dict.fromkeys(("config", "progress", "model", "optimizer", "flops", "rng"), Mapping)
+    for name, kind in kinds.items():
+        if not isinstance(entries[name], kind):
+            return f"{type(entries[name]).__name__} as {name}"
+    progress, optimizer = entries["progress"], entries["optimizer"]
+    for name in ("epoch", "batch", "step", "total_steps"):
+        if not isinstance(progress.get(name), int) or progress[name] < 0:
+            return f"{progress.get(name)!r} as progress {name}"
+    running = progress.get("running")
+    if not isinstance(running, Tensor) or running.shape != (3,) or "best_epoch" not in progress:
+        return "progress that lacks its sums or its best epoch"
+    if not isinstance(optimizer.get("state"), Mapping) or "param_groups" not in optimizer:
+        return "an optimizer without state or param_groups"
+    if not {"sparse_total", "dense_total"} <= entries["flops"].keys():
+        return "flops that lack their totals"
+    for state in (entries["rng"], *entries["other_rngs"]):
+        own = torch.get_rng_state()
+        if not isinstance(state, Mapping) or getattr(state.get("cpu"), "shape", None) != own.shape:
+            return "a random state of another kind"
+    return None
+
+
+def check_position(checkpoint: Checkpoint, *, processes: int, batches: int) -> None:
+    """Raise CheckpointError unless it stands in an epoch of so many batches, of so many processes."""
+    path, progress = checkpoint.path, checkpoint.entries["progress"]
+    saved = 1 + len(checkpoint.entries["other_rngs"])
+    if saved != processes:
+        raise CheckpointError(
+            f"{path}: expected a run of {processes} processes, got one of {saved}"
+        )
+    if progress["batch"] > batches:
+        raise CheckpointError(
+            f"{path}: expected an epoch of {batches} batches, got batch {progress['batch']}"
+        )
 
 
 def _check_archive(path: Path) -> None:

@@ -155,7 +155,7 @@ class TrainConfig:
     official_rounding: bool = False
     """Reproduce the counts of the published code, which misses the target slightly."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and masks, and of the order of the images."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
@@ -183,6 +183,9 @@ class TrainConfig:
         return value
 
     def __post_init__(self) -> None:
+        name = self.experiment
+        is_inside = name is None or not (set(Path(name).parts) & {"..", "/"} or "\0" in name)
+        self._require("experiment", is_inside, "a name inside the output folder")
         known = ("dense", *METHODS)
         self._require("method", self.method in known, f"one of {', '.join(known)}")
         if self.method != "dense":

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from granet.training import build
+from granet.training.average import measure_statistics
 from granet.training.config import TrainConfig
 from granet.training.processes import Processes
 from granet.training.progress import RunningMetrics
@@ -109,6 +111,11 @@ class Passes:
                 after_batch()
         self._processes.add(metrics.sums)
         return metrics.means()
+
+    def measure_statistics(self, average: AveragedModel, batches: Batches) -> None:
+        """Give the batch norms of an average of the network statistics of its own."""
+        with self._autocast():
+            measure_statistics(average, (self._laid_out(images) for images, _ in batches))
 
     def _compiled(self, network: nn.Module) -> Callable[..., Any]:
         return torch.compile(network) if self._config.torchcompile else network

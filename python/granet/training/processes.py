@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,22 @@ class Processes:
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
+
+
+def check_alike(processes: Processes, settings: Mapping[str, object]) -> None:
+    """Compare what must be the same in all processes.
+
+    Raises:
+        ValueError: in every process, where something is not; names it and a process.
+    """
+    everyone = processes.collect(dict(settings))
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{name}: expected the same in all processes, got {value!r} in process 0 and "
+                    f"{theirs[name]!r} in process {rank}"
+                )
 
 
 def started_by_torchrun() -> Processes:

@@ -103,11 +103,13 @@ def create_run_directory(path: Path) -> None:
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    """Write summary.yaml."""
+    """Write summary.yaml: after a crash it is there, whole, or not."""
     import yaml
 
+    temporary = path.with_suffix(".yaml.tmp")
     text = yaml.safe_dump(dataclasses.asdict(summary), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_summary(path: Path) -> Summary:
@@ -115,9 +117,18 @@ def read_summary(path: Path) -> Summary:
     import yaml
 
     try:
-        return Summary(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (TypeError, yaml.YAMLError) as error:
+        summary = Summary(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: expected a summary of a granet run: {error}") from None
+    if summary.checkpoint not in (BEST, LAST):
+        raise ValueError(f"{path}: expected {BEST} or {LAST}, got {summary.checkpoint!r}")
+    for field in dataclasses.fields(Summary):
+        value = getattr(summary, field.name)
+        if field.name != "checkpoint" and (
+            isinstance(value, bool) or not isinstance(value, int | float)
+        ):
+            raise ValueError(f"{path}: {field.name}: expected a number, got {value!r}")
+    return summary
 
 
 def read_rows(path: Path, columns: list[str], key: str) -> list[dict[str, str]]:

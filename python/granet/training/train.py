@@ -16,19 +16,21 @@ from granet.data import derive_seed
 from granet.flops import TrainingFlops, inference_flops, measure
 from granet.monitor import TopologyMonitor
 from granet.training import build
+from granet.training.average import build_average
 from granet.training.checkpoint import (
     Checkpoint,
     CheckpointError,
+    check_position,
     get_rng_state,
     load_checkpoint,
     restore,
     save_checkpoint,
     set_rng_state,
 )
-from granet.training.config import TrainConfig, resume_conflicts
+from granet.training.config import MACHINE_FIELDS, TrainConfig, resume_conflicts
 from granet.training.machine import this_machine
 from granet.training.passes import Passes
-from granet.training.processes import Processes, joined
+from granet.training.processes import Processes, check_alike, joined
 from granet.training.progress import Progress, RunningMetrics
 from granet.training.record import Record, RunRecord
 from granet.training.stopping import Stopped, StopSignals
@@ -90,6 +92,7 @@ class Trainer:
         if stop_after is not None and stop_after < 1:
             raise ValueError(f"stop_after: expected at least 1 step, got {stop_after}")
         self.config, self.processes, self.stop_after = config, processes, stop_after
+        check_alike(processes, self.common_settings(resume))
         self.signals = StopSignals()
         self.device = build.choose_device(config.device, processes)
         build.seed_everything(config)
@@ -102,7 +105,7 @@ class Trainer:
         self.sparsifier = build.build_sparsifier(
             config, self.model, self.optimizer, self.total_steps
         )
-        self.average = build.build_average(config, self.model, self.sparsifier)
+        self.average = build_average(config, self.model, self.sparsifier)
         self.masked = masked_layers(self.network)
         self.scheduler = build.build_scheduler(
             config, self.optimizer, self.total_steps, self.sparsifier
@@ -171,9 +174,9 @@ class Trainer:
             if self.sparsifier is not None and self.sparsifier.step():
                 self.active_fraction = self.active_fractions()
             self.optimizer.zero_grad()
-            if self.average is not None:
-                self.average.update_parameters(self.model)
             if stepped:
+                if self.average is not None:
+                    self.average.update_parameters(self.model)
                 self.scheduler.step()
                 self.progress.step += 1
             self.progress.batch += accumulate
@@ -222,6 +225,9 @@ class Trainer:
         self.record.trained(progress.epoch + 1)
         self.processes.add(self.running.sums)
         train_loss, train_acc = self.running.means()
+        if self.average is not None:
+            batches = self.source.train_batches(progress.epoch)
+            self.passes.measure_statistics(self.average, batches)
         val_loss, val_acc = self.evaluate(self.source.val_batches())
         active, total = self.count_weights()
         progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -326,6 +332,13 @@ class Trainer:
             active += counts.get(name, layer.weight.numel())
         return active, total
 
+    def common_settings(self, resume: Checkpoint | None) -> dict[str, object]:
+        """What has to be the same in all processes of a run."""
+        fields = dataclasses.asdict(self.config)
+        fields = {name: value for name, value in fields.items() if name not in MACHINE_FIELDS}
+        step = None if resume is None else resume.entries["progress"]["step"]
+        return {**fields, "stop_after": self.stop_after, "step of the checkpoint": step}
+
     # Stopping and resuming
 
     def entries(self) -> dict[str, Any]:
@@ -370,10 +383,12 @@ class Trainer:
         """Stand where the checkpoint stood. CheckpointError, nothing changed, if it cannot."""
         saved = dict(checkpoint.entries["progress"])
         steps, sums = saved.pop("total_steps"), saved.pop("running")
+        rngs = [checkpoint.entries["rng"], *checkpoint.entries["other_rngs"]]
+        check_position(checkpoint, processes=self.processes.count, batches=self.batches_per_epoch)
         if steps != self.total_steps and not resume_conflicts(checkpoint.config, self.config):
             raise CheckpointError(
                 f"{checkpoint.path}: expected a run of {self.total_steps} steps, got one of "
-                f"{steps}; has the data changed, or the number of processes?"
+                f"{steps}; has the data changed?"
             )
         restore(
             checkpoint,
@@ -382,13 +397,15 @@ class Trainer:
             optimizer=self.optimizer,
             parts=self.parts(),
         )
+        if saved["best_epoch"] is not None and not (self.directory / BEST).is_file():
+            raise CheckpointError(
+                f"{checkpoint.path}: expected the best epoch's checkpoint beside it, found no {BEST}"
+            )
         self.progress = Progress(**saved)
         self.began = time.perf_counter() - self.progress.seconds
         if self.processes.is_first:
             self.running.sums.copy_(sums)
-        rngs = [checkpoint.entries["rng"], *checkpoint.entries["other_rngs"]]
-        if self.processes.rank < len(rngs):
-            set_rng_state(rngs[self.processes.rank])
+        set_rng_state(rngs[self.processes.rank])
 
     def stop_if_asked(self) -> None:
         """Raise Stopped after a signal, or at `stop_after`."""
