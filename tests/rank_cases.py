@@ -26,9 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from granet import METHODS, GraNet
 from granet.schedules import Constant
 from granet.training import build
+from granet.training.checkpoint import load_checkpoint
 from granet.training.config import TrainConfig
 from granet.training.passes import Passes
 from granet.training.processes import started_by_torchrun
+from granet.training.train import Trainer
 from granet_kernels import MaskedSGD, sparsify
 
 STEPS, EVERY, BATCH = 24, 4, 8
@@ -350,6 +352,28 @@ def passes(directory: Path) -> None:
     assert accuracy == 100 * correct / (3 * BATCH)
 
 
+def best_epoch(directory: Path) -> None:
+    """Every process tests the network of the best epoch, whose masks are not the last ones."""
+    config = TrainConfig(
+        epochs=2, batch_size=64, update_freq=3, prune_end="30%", log_interval=0, seed=1, channels_last=True,
+        output=str(directory), experiment="run",
+    )  # fmt: skip
+    trainer = Trainer(config, started_by_torchrun())
+    evaluate, accuracies = trainer.evaluate, [90.0, 10.0]
+    trainer.evaluate = lambda batches: (  # type: ignore[method-assign]
+        (evaluate(batches)[0], accuracies.pop(0)) if accuracies else evaluate(batches)
+    )
+    summary = trainer.run()
+    assert summary.epoch == 1
+    best = load_checkpoint(directory / "run" / "best.pt").network
+    last = load_checkpoint(directory / "run" / "last.pt").network
+    state = trainer.network.state_dict()
+    for name, value in best.items():
+        assert torch.equal(state[name], value), name
+    masks = [name for name in best if name.endswith("packed_mask")]
+    assert not all(torch.equal(best[name], last[name]) for name in masks)
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     case.__name__: case
     for case in (
@@ -365,6 +389,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         fsdp_load,
         fsdp_refused,
         passes,
+        best_epoch,
     )
 }
 

@@ -435,5 +435,5 @@ def test_a_table_that_is_there_survives_bad_input(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("precious")
     with pytest.raises(SystemExit):
-        main(["bench", *"--sparsity 0.9999 --device cpu".split(), "--csv", str(table)])
+        main(["bench", *["--sparsity", "0.9999", "--device", "cpu"], "--csv", str(table)])
     assert table.read_text() == "precious"

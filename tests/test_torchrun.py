@@ -84,6 +84,12 @@ def test_two_processes_take_the_steps_of_one_with_their_batches(tmp_path: Path) 
     run_ranks("passes", 2, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_every_process_tests_the_best_epoch(tmp_path: Path) -> None:
+    run_ranks("best_epoch", 2, tmp_path)
+
+
 def test_processes_share_the_batches_of_an_epoch(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     whole = open_cpu("fashion-mnist", tmp_path)

@@ -51,7 +51,7 @@ class Processes:
         """Give every process what the first one has in these tensors."""
         if self.count > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor.detach(), 0)
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give every process the first one's batch norm statistics; masks are equal already."""

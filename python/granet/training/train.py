@@ -259,7 +259,8 @@ class Trainer:
         name = LAST if progress.best_epoch is None else BEST
         if self.processes.is_first:
             self.network.load_state_dict(load_checkpoint(self.directory / name).network)
-        self.processes.send(self.network.state_dict(keep_vars=True).values())
+        # Not by the state_dict, where masks in another memory format are copies.
+        self.processes.send(itertools.chain(self.network.parameters(), self.network.buffers()))
         test_loss, test_acc = self.evaluate(self.source.test_batches())
         _, val_acc = self.evaluate(self.source.val_batches())
         active, total = self.count_weights()
