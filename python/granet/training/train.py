@@ -152,9 +152,9 @@ class Trainer:
 
     def start(self) -> None:
         """Prune where that comes before training, and leave a checkpoint in a fresh directory."""
+        build.start_sparsifier(self.config, self.sparsifier, self.source, self.device)
         if self.processes.is_first:
             create_run_directory(self.directory)
-        build.start_sparsifier(self.config, self.sparsifier, self.source, self.device)
         if self.processes.rank:  # weights were drawn alike; what training draws should differ
             torch.manual_seed(derive_seed(self.config.seed, self.processes.rank))
         self.save(LAST)  # whatever happens from here on, the run can be resumed
