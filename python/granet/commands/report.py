@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from granet.commands.tables import show, spread
+from granet.commands.tables import mean_and_deviation, show
 from granet.training.config import MACHINE_FIELDS, field_schemas
 from granet.training.runs import (
     RunResult,
@@ -44,13 +44,13 @@ def table(runs: Sequence[RunResult]) -> tuple[list[str], list[list[str]]]:
         unfinished = len(group) - len(done)
         rows.append([
             group[0].config.method,
-            spread([count.sparsity for count in counted], "{:.4f}"),
-            spread([summary.test_acc for summary in done], "{:.2f}"),
+            mean_and_deviation([count.sparsity for count in counted], "{:.4f}"),
+            mean_and_deviation([summary.test_acc for summary in done], "{:.2f}"),
             *("-" if setup.get(name) is None else str(setup[name]) for name in extra),
-            spread([count.active for count in counted], "{:,.0f}"),
-            spread(ratios, "{:.3f}"),
-            spread([summary.inference_flops_ratio for summary in done], "{:.3f}"),
-            spread([run.seconds for run in group], "{:.1f}"),
+            mean_and_deviation([count.active for count in counted], "{:,.0f}"),
+            mean_and_deviation(ratios, "{:.3f}"),
+            mean_and_deviation([summary.inference_flops_ratio for summary in done], "{:.3f}"),
+            mean_and_deviation([run.seconds for run in group], "{:.1f}"),
             str(len(group)) + (f" ({unfinished} unfinished)" if unfinished else ""),
         ])  # fmt: skip
     return [*COLUMNS[:3], *extra, *COLUMNS[3:]], rows

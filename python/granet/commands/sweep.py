@@ -20,7 +20,7 @@ from granet.commands.flags import (
     settings_in_files,
     settings_typed,
 )
-from granet.commands.tables import show, spread
+from granet.commands.tables import mean_and_deviation, show
 from granet.methods import METHODS
 from granet.paper import figure
 from granet.training.checkpoint import load_checkpoint
@@ -124,10 +124,10 @@ def table(done: Sequence[Point]) -> list[list[str]]:
             [
                 method,
                 f"{sparsity:g}",
-                spread([result.test_acc for result in results], "{:.2f}"),
+                mean_and_deviation([result.test_acc for result in results], "{:.2f}"),
                 str(len(results)),
-                spread([result.train_flops_ratio for result in results], "{:.3f}"),
-                spread([result.inference_flops_ratio for result in results], "{:.3f}"),
+                mean_and_deviation([result.train_flops_ratio for result in results], "{:.3f}"),
+                mean_and_deviation([result.inference_flops_ratio for result in results], "{:.3f}"),
                 "-" if theirs is None else str(theirs),
             ]
         )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 
-def spread(values: Sequence[float], form: str) -> str:
+def mean_and_deviation(values: Sequence[float], form: str) -> str:
     """Mean ± sample standard deviation; a single or constant value alone; `-` for none."""
     if not values:
         return "-"

@@ -161,7 +161,7 @@ def _broken(entries: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_position(checkpoint: Checkpoint, *, processes: int, batches: int) -> None:
+def check_progress(checkpoint: Checkpoint, *, processes: int, batches: int) -> None:
     """Raise CheckpointError unless it stands in an epoch of so many batches, of so many processes."""
     path, progress = checkpoint.path, checkpoint.entries["progress"]
     saved = 1 + len(checkpoint.entries["other_rngs"])

@@ -20,7 +20,7 @@ from granet.training.average import build_average
 from granet.training.checkpoint import (
     Checkpoint,
     CheckpointError,
-    check_position,
+    check_progress,
     get_rng_state,
     load_checkpoint,
     restore,
@@ -385,7 +385,7 @@ class Trainer:
         saved = dict(checkpoint.entries["progress"])
         steps, sums = saved.pop("total_steps"), saved.pop("running")
         rngs = [checkpoint.entries["rng"], *checkpoint.entries["other_rngs"]]
-        check_position(checkpoint, processes=self.processes.count, batches=self.batches_per_epoch)
+        check_progress(checkpoint, processes=self.processes.count, batches=self.batches_per_epoch)
         if steps != self.total_steps and not resume_conflicts(checkpoint.config, self.config):
             raise CheckpointError(
                 f"{checkpoint.path}: expected a run of {self.total_steps} steps, got one of "
