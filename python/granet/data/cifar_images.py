@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .image_file import read_image
+
 SPLITS = ("train", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -39,13 +41,7 @@ def read_split(folder: Path, class_names: Sequence[str]) -> tuple[Tensor, Tensor
 
 def _pixels(path: Path) -> np.ndarray:
     """uint8 (32, 32, 3)."""
-    from PIL import Image  # the published archives are read without it
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: expected a readable image: {error}") from error
+    pixels = np.asarray(read_image(path))
     if pixels.shape != (32, 32, 3):
         height, width = pixels.shape[:2]
         raise ValueError(f"{path}: expected 32x32 pixels, got {width}x{height}")

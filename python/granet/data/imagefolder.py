@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from .image_file import read_image
 from .normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from .sampling import (
     Share,
@@ -179,20 +179,12 @@ class _Samples(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self._samples[index]
-        image = _read_image(path)
+        image = read_image(path)
         # torchvision's transforms know only the global generator of the CPU, which is put back
         # afterwards; torch.manual_seed would reseed GPUs as well.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self._seed, self._epoch, index))
             return self._transform(image), label
-
-
-def _read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: expected a readable image: {error}") from error
 
 
 def _split_folders(data_dir: Path) -> tuple[Path, Path]:

@@ -34,7 +34,7 @@ from granet.training.explain import explain
 from granet.training.method_arguments import ARGUMENTS, method_parameters
 
 Time = Annotated[int | str, Field(union_mode="left_to_right")]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(
@@ -83,7 +83,7 @@ class TrainConfig:
     """Optimizer: sgd is granet_kernels.MaskedSGD, adamw is PyTorch's."""
     lr: PositiveFloat = 0.1
     """Peak learning rate."""
-    momentum: Share = 0.9
+    momentum: Fraction = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
     """Nesterov's form of momentum, as in the published CIFAR recipe (sgd only)."""
@@ -93,7 +93,7 @@ class TrainConfig:
     """Learning rate after the warm-up: cosine to zero, tenths at 50 and 75 %, or at 30, 60 and 90 %."""
     warmup_epochs: NonNegativeFloat = 1.0
     """Epochs over which the learning rate rises linearly to its peak."""
-    smoothing: Share = 0.1
+    smoothing: Fraction = 0.1
     """Label smoothing of the training loss."""
     clip_grad: PositiveFloat | None = None
     """Largest gradient norm (over active weights); larger gradients are scaled down."""
@@ -110,7 +110,7 @@ class TrainConfig:
 
     method: str = "granet"
     """dense trains every weight; `granet methods` lists the others."""
-    sparsity: Share = 0.9
+    sparsity: Fraction = 0.9
     """Share of the weights that is zero at the end, in [0, 1)."""
     init_sparsity: float | None = None
     """Share of the weights that is zero at the start; 0 starts dense (granet: 0.5)."""
