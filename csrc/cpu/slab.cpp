@@ -146,25 +146,69 @@ void pack_plane(const Runs& runs, const typename Stored<kElement>::Type* source,
   }
 }
 
-// Four channels next to one another in memory, into four planes.
+// target[j * target_step + i] = source[i * source_step + j] for i, j < 4.
+template <Element kElement>
+void transpose_block(const typename Stored<kElement>::Type* source, int64_t source_step, float* target,
+                     int64_t target_step) {
+  Four a = load_four<kElement>(source), b = load_four<kElement>(source + source_step);
+  Four c = load_four<kElement>(source + 2 * source_step), d = load_four<kElement>(source + 3 * source_step);
+  transpose(a, b, c, d);
+  store_four(target, a);
+  store_four(target + target_step, b);
+  store_four(target + 2 * target_step, c);
+  store_four(target + 3 * target_step, d);
+}
+
+// block(pixel, channel) for every four of both, single(pixel, channel) for the rest: eight pixels at a time, all
+// channels of them. For pixels whose channels lie next to one another: with a power of two between two pixels the lines
+// of a channel share a few places of each cache, and with all pixels of four channels at a time 32 pixels of 2048
+// channels took 0.6 ns an element instead of 0.1.
+template <typename Block, typename Single>
+void for_each_block(int64_t pixels, int64_t channels, const Block& block, const Single& single) {
+  constexpr int64_t kPixels = 8;
+  const int64_t in_fours = pixels / 4 * 4;
+  const int64_t channels_in_fours = channels / 4 * 4;
+  for (int64_t first = 0; first < in_fours; first += kPixels) {
+    const int64_t end = std::min(in_fours, first + kPixels);
+    for (int64_t c = 0; c < channels_in_fours; c += 4) {
+      for (int64_t i = first; i < end; i += 4) block(i, c);
+    }
+  }
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t c = i < in_fours ? channels_in_fours : 0; c < channels; ++c) single(i, c);
+  }
+}
+
+// Channels next to one another in memory, each into a plane.
+template <Element kElement>
+void pack_neighbours(const Run& run, const typename Stored<kElement>::Type* source, int64_t step, int64_t channels,
+                     int64_t plane, float* target) {
+  for_each_block(
+      run.length, channels,
+      [&](int64_t i, int64_t c) {
+        transpose_block<kElement>(source + i * step + c, step, target + c * plane + i, plane);
+      },
+      [&](int64_t i, int64_t c) { target[c * plane + i] = Stored<kElement>::load(source[i * step + c]); });
+}
+
+// The way back, from rows of sums.
+void unpack_neighbours(const float* sums, int64_t width, int64_t pixels, int64_t channels, float* target,
+                       int64_t step) {
+  for_each_block(
+      pixels, channels,
+      [&](int64_t i, int64_t c) {
+        transpose_block<Element::kFloat32>(sums + c * width + i, width, target + i * step + c, step);
+      },
+      [&](int64_t i, int64_t c) { target[i * step + c] = sums[c * width + i]; });
+}
+
+// Of interleaved images: four channels next to one another in memory, into four planes.
 template <Element kElement>
 void pack_four_planes(const Runs& runs, const typename Stored<kElement>::Type* source, int64_t plane, float* slab) {
   for (const Run& run : runs.runs) {
     const auto* s = source + run.origin;
     float* t = slab + run.position;
-    int64_t i = 0;
-    if (runs.lanes == 1) {
-      for (; i + 4 <= run.length; i += 4, s += 4 * runs.step, t += 4) {
-        Four a = load_four<kElement>(s), b = load_four<kElement>(s + runs.step);
-        Four c = load_four<kElement>(s + 2 * runs.step), d = load_four<kElement>(s + 3 * runs.step);
-        transpose(a, b, c, d);
-        store_four(t, a);
-        store_four(t + plane, b);
-        store_four(t + 2 * plane, c);
-        store_four(t + 3 * plane, d);
-      }
-    }
-    for (; i < run.length; ++i, s += runs.step, t += runs.lanes) {
+    for (int64_t i = 0; i < run.length; ++i, s += runs.step, t += runs.lanes) {
       for (int64_t c = 0; c < 4; ++c) t[c * plane] = Stored<kElement>::load(s[c]);
     }
   }
@@ -175,6 +219,12 @@ void pack_planes(const Runs& runs, const ImageView& view, int64_t channels, int6
   const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data);
   for (int64_t c = 0; c < channels; ++c) {
     for (const Gap& gap : runs.gaps) fill_zero(slab + c * plane + gap.position, gap.length);
+  }
+  if (view.channel_stride == 1 && runs.lanes == 1) {
+    for (const Run& run : runs.runs) {
+      pack_neighbours<kElement>(run, source + run.origin, runs.step, channels, plane, slab + run.position);
+    }
+    return;
   }
   int64_t c = 0;
   if (view.channel_stride == 1) {
@@ -257,11 +307,7 @@ void unpack_floats(const Runs& runs, const ImageView& view, const float* sums, i
   float* base = static_cast<float*>(view.data) + first * view.channel_stride;
   for_each_part(runs, sums, position, count, [&](int64_t at, const float* from, int64_t length) {
     if (view.channel_stride == 1 && runs.lanes == 1) {
-      for (int64_t i = 0; i < length; ++i) {
-        float* pixel = base + at + i * runs.step;
-        for (int64_t c = 0; c < channels; ++c) pixel[c] = from[c * width + i];
-      }
-      return;
+      return unpack_neighbours(from, width, length, channels, base + at, runs.step);
     }
     for (int64_t c = 0; c < channels; ++c) {
       float* target = base + at + c * view.channel_stride;
