@@ -1,6 +1,10 @@
 #include "cpu/active.h"
 
+#include <array>
+
 #include "common/bfloat16.h"
+#include "common/isa.h"
+#include "cpu/stream.h"
 
 namespace granet::cpu {
 namespace {
@@ -8,13 +12,47 @@ namespace {
 constexpr int64_t kGathered = 16384;           // values that a thread takes at once
 constexpr int64_t kSpread = int64_t{1} << 16;  // weights that are cleared, and then written, while in the cache
 
+// Gradients from here on are written past the caches: no layer's stays there until the optimizer reads it.
+constexpr int64_t kLargeGradient = int64_t{4} << 20;  // bytes
+
+const StreamKernels& stream_kernels() {
+  return *GRANET_FOR_ISA(&stream_kernels_portable, &stream_kernels_avx2, &stream_kernels_avx512);
+}
+
+// A block is put together in the first-level cache. 2 million weights, 95 % of them inactive, out of all caches: 0.14
+// ms for 0.38 of clearing them and writing the active ones.
+template <typename Type, typename Convert>
+void stream_piece(const Convert& convert, const float* values, const int32_t* positions, int64_t count, int64_t first,
+                  int64_t end, Type* target) {
+  constexpr int64_t kBlock = 4096 / sizeof(Type);
+  alignas(kStreamBytes) std::array<Type, kBlock> block{};
+  int64_t i = std::lower_bound(positions, positions + count, first) - positions;
+  for (; first < end; first += kBlock) {
+    const int64_t length = std::min(kBlock, end - first);
+    const int64_t from = i;
+    for (; i < count && positions[i] < first + length; ++i) block[positions[i] - first] = convert(values[i]);
+    if (length == kBlock) {
+      stream_kernels().copy(block.data(), kBlock * sizeof(Type), target + first);
+    } else {
+      std::memcpy(target + first, block.data(), static_cast<size_t>(length) * sizeof(Type));
+    }
+    for (int64_t k = from; k < i; ++k) block[positions[k] - first] = 0;  // clearing all of it takes longer
+  }
+  stream_kernels().drain();
+}
+
 template <typename Type, typename Convert>
 void spread_as(const Convert& convert, const float* values, const int32_t* positions, int64_t count, void* gradient,
                int64_t weights, const Parallel& parallel) {
   auto* target = static_cast<Type*>(gradient);
-  parallel.for_each(ceil_div(weights, kSpread), [&](int64_t piece) {
-    const int64_t first = piece * kSpread;
-    const int64_t end = std::min(weights, first + kSpread);
+  const bool streams = weights * static_cast<int64_t>(sizeof(Type)) >= kLargeGradient &&
+                       reinterpret_cast<uintptr_t>(gradient) % kStreamBytes == 0;
+  // One stretch for a thread: two that write to the same large page for the first time both clear it.
+  const int64_t stretch = streams ? ceil_div(ceil_div(weights, parallel.threads()), kSpread) * kSpread : kSpread;
+  parallel.for_each(ceil_div(weights, stretch), [&](int64_t piece) {
+    const int64_t first = piece * stretch;
+    const int64_t end = std::min(weights, first + stretch);
+    if (streams) return stream_piece(convert, values, positions, count, first, end, target);
     std::memset(target + first, 0, static_cast<size_t>(end - first) * sizeof(Type));
     int64_t i = std::lower_bound(positions, positions + count, first) - positions;
     for (; i < count && positions[i] < end; ++i) target[positions[i]] = convert(values[i]);
