@@ -70,10 +70,20 @@ Runs target_runs(const Stencil& s, const Plan& plan, const Unit& unit, Pair phas
                    view);
 }
 
-// Rows are split over tasks only where there are too few units for the threads: each part packs the slab again.
-int64_t row_parts(const Stencil& s, const Plan& plan, const Parallel& parallel) {
-  const int64_t wanted = ceil_div(parallel.threads(), std::max<int64_t>(1, plan.units()));
+struct Rows {
+  int64_t first;  // target planes
+  int64_t count;
+};
+
+// Rows are split over tasks only where there are too few other tasks for the threads: each part packs the slab again.
+int64_t row_parts(int64_t tasks, const Stencil& s, const Parallel& parallel) {
+  const int64_t wanted = ceil_div(parallel.threads(), std::max<int64_t>(1, tasks));
   return std::clamp<int64_t>(wanted, 1, s.targets);
+}
+
+Rows rows_of_part(const Stencil& s, int64_t parts, int64_t part) {
+  const int64_t each = ceil_div(s.targets, parts);
+  return {part * each, std::min(each, s.targets - part * each)};
 }
 
 // Vectors in the tile at `position`.
@@ -116,11 +126,6 @@ DirectTarget direct_target(const Stencil& s, const ImageView& target, const Fini
           finish.relu,
           is_larger_than_caches(s)};
 }
-
-struct Rows {
-  int64_t first;  // target planes
-  int64_t count;
-};
 
 // All blocks of one tile. Without a direct target the sums are left in `sums`, row by row.
 void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab, int64_t vectors, int64_t first_row,
@@ -194,23 +199,25 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
 
 void run_stencil(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
                  const float* bias, const Finish& finish, const ImageView& target, const Parallel& parallel) {
-  const int64_t parts = row_parts(s, plan, parallel);
-  const int64_t targets_each = ceil_div(s.targets, parts);
+  const int64_t parts = row_parts(plan.units(), s, parallel);
   parallel.for_each(plan.units() * parts, [&](int64_t index) {
-    const int64_t first = index % parts * targets_each;
-    const Rows rows = {first, std::min(targets_each, s.targets - first)};
+    const Rows rows = rows_of_part(s, parts, index % parts);
     if (rows.count <= 0) return;
     const Unit unit = unit_of(s, plan, index / parts);
     (plan.in_place ? run_in_place : run_packed)(s, plan, entries, source, bias, finish, target, unit, rows);
   });
 }
 
-int64_t gradient_parts(const Plan& plan) { return std::min<int64_t>(plan.units(), 16); }
-
 namespace {
 
+ImageView from_channel(ImageView view, int64_t channel) {
+  const int64_t bytes = view.element == Element::kFloat32 ? 4 : 2;
+  view.data = static_cast<char*>(view.data) + channel * view.channel_stride * bytes;
+  return view;
+}
+
 void correlate_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const float* factors,
-                    int64_t plane, int64_t vectors, float* sums) {
+                    int64_t plane, int64_t vectors, Rows rows, float* sums) {
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels().correlate_tile[vectors]({.entries = entries,
                                        .slab = slab,
@@ -218,69 +225,80 @@ void correlate_tile(const Plan& plan, const StencilEntries& entries, const float
                                        .ahead = plan.ahead,
                                        .plane = plane,
                                        .block = block,
-                                       .first_row = 0,
-                                       .last_row = entries.rows,
+                                       .first_row = rows.first,
+                                       .last_row = rows.first + rows.count,
                                        .gradient = sums});
   }
 }
 
 void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
-                        const ImageView& target, const Unit& unit, float* sums) {
+                        const ImageView& target, const Unit& unit, Rows rows, float* sums) {
   const int64_t width = plan.tile * plan.vector;
   const auto* slab = static_cast<const float*>(source.data) + unit.first_image * source.image_stride;
-  const auto* factors = static_cast<const float*>(target.data) + unit.first_image * target.image_stride;
+  const auto* factors =
+      static_cast<const float*>(target.data) + unit.first_image * target.image_stride + rows.first * plan.plane;
   for (int64_t position = 0; position < unit.rows; position += width) {
     const int64_t start = tile_start(plan, unit, s, position);
     const int64_t repeated = unit.first_row + position - start;
     if (repeated == 0) {
-      correlate_tile(plan, entries, slab + start, factors + start, plan.plane, plan.tile, sums);
+      correlate_tile(plan, entries, slab + start, factors + start, plan.plane, plan.tile, rows, sums);
       continue;
     }
     const ScratchScope scratch;
-    float* rest = take_floats(scratch, entries.rows * width);  // without what the tile before has counted
-    for (int64_t row = 0; row < entries.rows; ++row) {
+    float* rest = take_floats(scratch, rows.count * width);  // without what the tile before has counted
+    for (int64_t row = 0; row < rows.count; ++row) {
       std::fill_n(rest + row * width, repeated, 0.0f);
       std::copy_n(factors + row * plan.plane + start + repeated, width - repeated, rest + row * width + repeated);
     }
-    correlate_tile(plan, entries, slab + start, rest, width, plan.tile, sums);
+    correlate_tile(plan, entries, slab + start, rest, width, plan.tile, rows, sums);
   }
 }
 
 void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
-                      const ImageView& target, const Unit& unit, float* sums) {
+                      const ImageView& target, const Unit& unit, Rows rows, float* sums) {
   const int64_t width = plan.tile * plan.vector;
   const int64_t plane = (ceil_div(plan.positions() + width, kLine) | 1) * kLine;
   const ScratchScope scratch;
   float* slab = take_floats(scratch, s.channels * s.phases() * plan.plane);
-  float* factors = take_floats(scratch, entries.rows * plane);
+  float* factors = take_floats(scratch, rows.count * plane);
   pack_source(s, plan, unit, source, slab);
-  pack(target_runs(s, plan, unit, {0, 0}, plane, target), target, entries.rows, plane, factors);
+  pack(target_runs(s, plan, unit, {0, 0}, plane, target), from_channel(target, rows.first), rows.count, plane, factors);
   for (int64_t position = 0; position < unit.positions; position += width) {
-    correlate_tile(plan, entries, slab + position, factors + position, plane, vectors_left(plan, unit, position), sums);
+    correlate_tile(plan, entries, slab + position, factors + position, plane, vectors_left(plan, unit, position), rows,
+                   sums);
   }
 }
 
 }  // namespace
 
+int64_t gradient_parts(const Plan& plan) { return std::min<int64_t>(plan.units(), 16); }
+
 void correlate_stencil(const Stencil& s, const Plan& plan, const StencilEntries& entries, const int32_t* rank,
                        int64_t count, const ImageView& source, const ImageView& target, float* partial, float* gradient,
                        const Parallel& parallel) {
   const int64_t parts = gradient_parts(plan);
-  parallel.for_each(parts, [&](int64_t part) {
-    float* sums = partial + part * count;
-    std::fill_n(sums, count, 0.0f);
+  const bool is_whole = parts == 1 && rank == nullptr;
+  float* sums = is_whole ? gradient : partial;
+  parallel.for_each(parts, [&](int64_t part) { std::fill_n(sums + part * count, count, 0.0f); });
+  const int64_t splits = row_parts(parts, s, parallel);
+  parallel.for_each(parts * splits, [&](int64_t task) {
+    const int64_t part = task / splits;
+    const Rows rows = rows_of_part(s, splits, task % splits);
+    if (rows.count <= 0) return;
     for (int64_t u = plan.units() * part / parts; u < plan.units() * (part + 1) / parts; ++u) {
       const Unit unit = unit_of(s, plan, u);
-      (plan.in_place ? correlate_in_place : correlate_packed)(s, plan, entries, source, target, unit, sums);
+      (plan.in_place ? correlate_in_place : correlate_packed)(s, plan, entries, source, target, unit, rows,
+                                                              sums + part * count);
     }
   });
+  if (is_whole) return;
   constexpr int64_t kChunk = 4096;
   parallel.for_each(ceil_div(count, kChunk), [&](int64_t chunk) {
     const int64_t end = std::min(count, (chunk + 1) * kChunk);
     for (int64_t e = chunk * kChunk; e < end; ++e) {
       float sum = partial[e];
       for (int64_t part = 1; part < parts; ++part) sum += partial[part * count + e];
-      gradient[rank[e]] = sum;
+      gradient[rank == nullptr ? e : rank[e]] = sum;
     }
   });
 }

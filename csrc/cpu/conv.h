@@ -15,8 +15,9 @@ namespace granet::cpu {
 void run_stencil(const Stencil& stencil, const Plan& plan, const StencilEntries& entries, const ImageView& source,
                  const float* bias, const Finish& finish, const ImageView& target, const Parallel& parallel);
 
-// gradient[rank[e]] = sum over all positions of target * source for every one of the `count` entries e of a forward
-// stencil. `partial` is scratch: gradient_parts(plan) * count floats.
+// gradient[rank[e]], or where entries are in runs (rank is null) the element of e's value = sum over all positions of
+// target * source, for every one of the `count` entries e of a forward stencil. `partial` is scratch:
+// gradient_parts(plan) * count floats.
 void correlate_stencil(const Stencil& stencil, const Plan& plan, const StencilEntries& entries, const int32_t* rank,
                        int64_t count, const ImageView& source, const ImageView& target, float* partial, float* gradient,
                        const Parallel& parallel);

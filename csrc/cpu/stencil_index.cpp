@@ -114,6 +114,13 @@ int64_t rows_of(const ConvShape& shape, Direction direction) {
 
 }  // namespace
 
+// A filter's weights lie together, and where channels are the slowest of it, so do those of a block of channels.
+bool entries_in_runs(WeightOrder order, Direction direction, const Plan& plan, int64_t groups, int64_t entries) {
+  constexpr int64_t kShortestRun = 16;  // values: shorter runs would read a cache line each, in every tile
+  if (direction != Direction::kForward) return false;
+  return plan.blocks == 1 || (order == WeightOrder::kContiguous && entries >= kShortestRun * groups);
+}
+
 int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                       const Plan& plan, int64_t* begin) {
   const int64_t rows = rows_of(shape, direction);
@@ -133,12 +140,16 @@ void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order
   const int64_t rows = rows_of(shape, direction);
   const Entries entries(shape, order, direction, plan);
   std::vector<int64_t> next(index.begin, index.begin + plan.blocks * rows);
+  if (index.first != nullptr) std::fill_n(index.first, plan.blocks * rows, int64_t{0});
   int32_t rank = 0;
   for_each_entry(mask, shape, [&](int64_t filter, int64_t element) {
     const Entry entry = entries.of(filter, element);
-    const int64_t at = next[static_cast<size_t>(entry.channel / plan.block * rows + entry.row)]++;
+    const int64_t group = entry.channel / plan.block * rows + entry.row;
+    const int64_t at = next[static_cast<size_t>(group)]++;
     index.offset[at] = static_cast<int32_t>(entry.offset);
-    index.rank[at] = rank++;
+    if (index.rank != nullptr) index.rank[at] = rank;
+    if (index.first != nullptr && at == index.begin[group]) index.first[group] = rank;
+    ++rank;
   });
 }
 

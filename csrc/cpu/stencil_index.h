@@ -17,14 +17,19 @@ enum class WeightOrder { kContiguous, kChannelsLast };
 struct StencilIndex {
   int64_t* begin;   // blocks * rows + 1
   int32_t* offset;  // where its slab plane and shift lie
-  int32_t* rank;    // which of the active weights it is, in storage order
+  int32_t* rank;    // which of the active weights it is, in storage order; null where entries are in runs
+  int64_t* first;   // blocks * rows: the rank of the first one, where entries are in runs; else null
 };
+
+// Whether the entries of a block and row are next to one another in storage order too, and worth reading there.
+// `groups` is blocks * rows.
+bool entries_in_runs(WeightOrder order, Direction direction, const Plan& plan, int64_t groups, int64_t entries);
 
 // Fills begin; returns the number of entries, which is that of the active weights.
 int64_t count_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction,
                       const Plan& plan, int64_t* begin);
 
-// Fills offset and rank, after count_entries. An entry's place depends on the mask alone.
+// Fills offset, and rank or first, after count_entries. An entry's place depends on the mask alone.
 void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order, Direction direction, const Plan& plan,
                   const StencilIndex& index);
 

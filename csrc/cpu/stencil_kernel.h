@@ -72,14 +72,27 @@ inline void fetch_target(const DirectTarget& direct, int64_t row) {
   }
 }
 
+// A row's entries in a block of channels.
+struct RowEntries {
+  int64_t count;
+  const int32_t* offset;
+  int64_t value;  // of the first one; the others follow
+};
+
+inline RowEntries row_entries(const StencilEntries& entries, int64_t block, int64_t row) {
+  const int64_t at = block * entries.rows + row;
+  const int64_t begin = entries.begin[at];
+  return {entries.begin[at + 1] - begin, entries.offset + begin, entries.first == nullptr ? begin : entries.first[at]};
+}
+
 template <int kTile>
 void sum_tile(const SumTile& task) {
-  const StencilEntries& entries = task.entries;
-  const int64_t* begin = entries.begin + task.block * entries.rows;
   const bool finishes = task.direct.target != nullptr && task.block + 1 == task.blocks;
   float* sums = task.sums;
   for (int64_t row = task.first_row; row < task.last_row; ++row, sums += kTile * kLanes) {
-    if (task.block > 0 && begin[row] == begin[row + 1] && !finishes) continue;
+    const RowEntries entries = row_entries(task.entries, task.block, row);
+    const float* value = task.entries.value + entries.value;
+    if (task.block > 0 && entries.count == 0 && !finishes) continue;
     if (finishes && !task.direct.streams && row + 1 < task.last_row) fetch_target(task.direct, row + 1);
     Floats sum[kTile];
     if (task.block > 0) {
@@ -88,9 +101,9 @@ void sum_tile(const SumTile& task) {
       const Floats bias = broadcast(task.bias == nullptr ? 0.0f : task.bias[row / task.rows_per_bias]);
       for (int t = 0; t < kTile; ++t) sum[t] = bias;
     }
-    for (int64_t e = begin[row]; e < begin[row + 1]; ++e) {
+    for (int64_t e = 0; e < entries.count; ++e) {
       const float* source = task.slab + entries.offset[e];
-      const Floats weight = broadcast(entries.value[e]);
+      const Floats weight = broadcast(value[e]);
       if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
       for (int t = 0; t < kTile; ++t) sum[t] = fma(weight, load(source + t * kLanes), sum[t]);
     }
@@ -105,34 +118,31 @@ void sum_tile(const SumTile& task) {
 
 template <int kTile>
 void correlate_tile(const CorrelateTile& task) {
-  const StencilEntries& entries = task.entries;
-  const int64_t* begin = entries.begin + task.block * entries.rows;
-  const auto product = [&](const Floats* factor, int64_t e) {
-    const float* source = task.slab + entries.offset[e];
+  const auto product = [&](const Floats* factor, int32_t offset) {
+    const float* source = task.slab + offset;
     if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
     Floats sum = factor[0] * load(source);
     for (int t = 1; t < kTile; ++t) sum = fma(factor[t], load(source + t * kLanes), sum);
     return sum;
   };
   for (int64_t row = task.first_row; row < task.last_row; ++row) {
-    int64_t e = begin[row];
-    const int64_t end = begin[row + 1];
-    if (e == end) continue;
-    const float* target = task.target + row * task.plane;
+    const RowEntries entries = row_entries(task.entries, task.block, row);
+    if (entries.count == 0) continue;
+    const int32_t* offset = entries.offset;
+    float* gradients = task.gradient + entries.value;
+    const float* target = task.target + (row - task.first_row) * task.plane;
     if (task.ahead != 0) prefetch_tile<kTile>(target + task.ahead);
     Floats factor[kTile];
     for (int t = 0; t < kTile; ++t) factor[t] = load(target + t * kLanes);
-    for (; e + 4 <= end; e += 4) {
-      const Floats a = product(factor, e), b = product(factor, e + 1), c = product(factor, e + 2),
-                   d = product(factor, e + 3);
-      Four gradient;
-      __builtin_memcpy(&gradient, task.gradient + e, sizeof gradient);
-      gradient += sums_of_lanes(a, b, c, d);
-      __builtin_memcpy(task.gradient + e, &gradient, sizeof gradient);
+    int64_t e = 0;
+    for (; e + 4 <= entries.count; e += 4) {
+      const Floats a = product(factor, offset[e]), b = product(factor, offset[e + 1]),
+                   c = product(factor, offset[e + 2]), d = product(factor, offset[e + 3]);
+      store_four(gradients + e, load_four(gradients + e) + sums_of_lanes(a, b, c, d));
     }
-    for (; e < end; ++e) {
-      const Floats sum = product(factor, e);
-      task.gradient[e] += sums_of_lanes(sum, sum, sum, sum)[0];
+    for (; e < entries.count; ++e) {
+      const Floats sum = product(factor, offset[e]);
+      gradients[e] += sums_of_lanes(sum, sum, sum, sum)[0];
     }
   }
 }

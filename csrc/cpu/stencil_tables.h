@@ -8,11 +8,12 @@ namespace granet::cpu {
 constexpr int64_t kLine = 16;        // floats in a cache line
 constexpr int64_t kMostVectors = 8;  // of a tile: with the weight and an address, what AVX2's 16 registers hold
 
-// As StencilIndex, with the values of the weights.
+// As StencilIndex, with the values of the weights: entry by entry, or in storage order where entries are in runs.
 struct StencilEntries {
   int64_t rows;
   const int64_t* begin;
   const int32_t* offset;
+  const int64_t* first;  // of a block's row, in storage order; null where entries are not in runs
   const float* value;
 };
 
@@ -51,7 +52,8 @@ struct SumTile {
   DirectTarget direct;
 };
 
-// gradient[e] += the sum over a tile of target[row * plane + …] * slab[offset[e] + …], for rows [first_row, last_row).
+// gradient[e], in the order of the values, += the sum over a tile of target[(row - first_row) * plane + …] *
+// slab[offset[e] + …], for rows [first_row, last_row).
 struct CorrelateTile {
   StencilEntries entries;
   const float* slab;    // at the tile's first position

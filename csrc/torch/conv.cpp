@@ -84,7 +84,7 @@ void check_in_place(const ConvShape& shape, bool in_place) {
                   "in_place: expected a pointwise convolution of ", kLongestTile, " pixels or more");
 }
 
-int64_t entries_in(const std::vector<Tensor>& index) { return index.size() == 3 ? index[2].numel() : 0; }
+int64_t entries_in(const std::vector<Tensor>& index) { return index.size() == 4 ? index[1].numel() : 0; }
 
 cpu::Element element_of(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
@@ -150,11 +150,14 @@ std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, boo
   const Direction direction = direction_of(input_gradient);
   const int64_t entries = cpu::count_entries(bits, work.shape, order, direction, work.plan, begins);
   Tensor offset = torch::stable::new_empty(mask, {entries}, ScalarType::Int);
-  Tensor rank = torch::stable::new_empty(mask, {entries}, ScalarType::Int);
-  cpu::fill_entries(
-      bits, work.shape, order, direction, work.plan,
-      {begins, static_cast<int32_t*>(offset.mutable_data_ptr()), static_cast<int32_t*>(rank.mutable_data_ptr())});
-  return {begin, offset, rank};
+  const bool in_runs = cpu::entries_in_runs(order, direction, work.plan, begin.numel() - 1, entries);
+  Tensor rank = torch::stable::new_empty(mask, {in_runs ? 0 : entries}, ScalarType::Int);
+  Tensor first = torch::stable::new_empty(mask, {in_runs ? begin.numel() - 1 : 0}, ScalarType::Long);
+  cpu::fill_entries(bits, work.shape, order, direction, work.plan,
+                    {begins, static_cast<int32_t*>(offset.mutable_data_ptr()),
+                     in_runs ? nullptr : static_cast<int32_t*>(rank.mutable_data_ptr()),
+                     in_runs ? static_cast<int64_t*>(first.mutable_data_ptr()) : nullptr});
+  return {begin, offset, rank, first};
 }
 
 // Where the active weights are, in storage order.
@@ -177,17 +180,27 @@ Tensor gather(Tensor source, Tensor at, bool to_bfloat16) {
   return values;
 }
 
+// Whether the entries of an index are in runs (cpu/stencil_index.h): it has their first ranks then, else all of them.
+bool is_in_runs(const std::vector<Tensor>& index) { return index[3].numel() != 0; }
+
+const int32_t* ranks_of(const std::vector<Tensor>& index) {
+  return is_in_runs(index) ? nullptr : static_cast<const int32_t*>(index[2].const_data_ptr());
+}
+
 // The entries of an index, with their values where those are needed.
 cpu::StencilEntries entries_of(const std::vector<Tensor>& index, const Work& work, const float* values) {
-  STD_TORCH_CHECK(index.size() == 3, "index: expected 3 tensors, got ", index.size());
+  STD_TORCH_CHECK(index.size() == 4, "index: expected 4 tensors, got ", index.size());
   check_contiguous(index[0], ScalarType::Long, "index[0]", "int64");
   check_contiguous(index[1], ScalarType::Int, "index[1]", "int32");
   check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
-  STD_TORCH_CHECK(
-      index[0].numel() == work.plan.blocks * work.stencil.rows() + 1 && index[1].numel() == index[2].numel(),
-      "index: not one that was built for these shapes");
+  check_contiguous(index[3], ScalarType::Long, "index[3]", "int64");
+  const int64_t groups = work.plan.blocks * work.stencil.rows();
+  STD_TORCH_CHECK(index[0].numel() == groups + 1 && index[2].numel() == (is_in_runs(index) ? 0 : index[1].numel()) &&
+                      index[3].numel() == (is_in_runs(index) ? groups : 0),
+                  "index: not one that was built for these shapes");
   return {work.stencil.rows(), static_cast<const int64_t*>(index[0].const_data_ptr()),
-          static_cast<const int32_t*>(index[1].const_data_ptr()), values};
+          static_cast<const int32_t*>(index[1].const_data_ptr()),
+          is_in_runs(index) ? static_cast<const int64_t*>(index[3].const_data_ptr()) : nullptr, values};
 }
 
 // The active weights of a layer, as backends/cpp/index.py keeps them: the bits of the mask, and where they are set.
@@ -210,24 +223,26 @@ bool are_those_of(const Tensor& bits, const Tensor& mask) {
   return bits.numel() == mask.numel() && std::memcmp(bits.const_data_ptr(), mask.const_data_ptr(), size) == 0;
 }
 
-// The active weights in the order of an index's entries, in float32. They are fetched in storage order first, into
-// `stored`, unless they are there: what takes time is the cache lines of the weight.
+// The active weights as an index wants them (cpu/stencil_tables.h), in float32. They are fetched in storage order
+// first, into `stored`, unless they are there: what takes time is the cache lines of the weight.
 Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored, bool is_fetched,
                  const std::vector<Tensor>& index, bool to_bfloat16) {
   const int64_t count = known.positions.numel();
-  STD_TORCH_CHECK(index.size() == 3 && index[2].numel() == count, "index: expected ", count, " entries");
+  STD_TORCH_CHECK(entries_in(index) == count, "index: expected ", count, " entries");
   check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
   check_contiguous(stored, ScalarType::Float, "stored", "float32");
   STD_TORCH_CHECK(stored.numel() == count, "stored: expected ", count, " elements, got ", stored.numel());
-  Tensor values = torch::stable::new_empty(stored, {count}, ScalarType::Float);
   const TorchThreads threads(static_cast<double>(count) * 2);
   if (!is_fetched) {
     cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
                 static_cast<const int32_t*>(known.positions.const_data_ptr()), count, to_bfloat16,
                 static_cast<float*>(stored.mutable_data_ptr()), threads);
   }
-  cpu::gather(stored.const_data_ptr(), cpu::Element::kFloat32, static_cast<const int32_t*>(index[2].const_data_ptr()),
-              count, false, static_cast<float*>(values.mutable_data_ptr()), threads);
+  if (is_in_runs(index)) return stored;
+  STD_TORCH_CHECK(index[2].numel() == count, "index[2]: expected ", count, " elements, got ", index[2].numel());
+  Tensor values = torch::stable::new_empty(stored, {count}, ScalarType::Float);
+  cpu::gather(stored.const_data_ptr(), cpu::Element::kFloat32, ranks_of(index), count, false,
+              static_cast<float*>(values.mutable_data_ptr()), threads);
   return values;
 }
 
@@ -266,7 +281,7 @@ void convolve(const Tensor& target, const Tensor& input, const float* values, co
   const cpu::Finish finish{residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
   prefer_large_pages(target);
   cpu::run_stencil(work.stencil, work.plan, entries, source, biases, finish, result,
-                   TorchThreads(time_of(shape, index[2].numel())));
+                   TorchThreads(time_of(shape, entries_in(index))));
 }
 
 // With the values of the entries at hand, in their order.
@@ -316,7 +331,7 @@ bool masked_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor wei
   check_planes(target, shape, in_place, "gradient");
   prefer_large_pages(gradient);
   cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
-                   TorchThreads(time_of(shape, index[2].numel())));
+                   TorchThreads(time_of(shape, entries_in(index))));
   return true;
 }
 
@@ -338,13 +353,13 @@ bool masked_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
   check_planes(source, shape, in_place, "input");
   check_planes(factor, shape, in_place, "grad_output");
   const int64_t count = known.positions.numel();
-  STD_TORCH_CHECK(index[2].numel() == count, "index: expected ", count, " entries");
+  STD_TORCH_CHECK(entries_in(index) == count, "index: expected ", count, " entries");
   const int64_t parts = cpu::gradient_parts(work.plan);
   Tensor partial = torch::stable::new_empty(known.positions, {count * (parts + 1)}, ScalarType::Float);
   auto* partials = static_cast<float*>(partial.mutable_data_ptr());
   float* sums = partials + count * parts;
-  cpu::correlate_stencil(work.stencil, work.plan, entries, static_cast<const int32_t*>(index[2].const_data_ptr()),
-                         count, source, factor, partials, sums, TorchThreads(time_of(shape, count)));
+  cpu::correlate_stencil(work.stencil, work.plan, entries, ranks_of(index), count, source, factor, partials, sums,
+                         TorchThreads(time_of(shape, count)));
   if (source.element == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
     for (int64_t i = 0; i < count; ++i) sums[i] = round_to_bfloat16(sums[i]);
   }

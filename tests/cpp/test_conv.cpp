@@ -133,13 +133,18 @@ void expect_close(const char* what, const Floats& got, const Floats& expected, c
 struct BuiltIndex {
   std::vector<int64_t> begin;
   std::vector<int32_t> offset;
-  std::vector<int32_t> rank;
+  std::vector<int32_t> rank;   // or
+  std::vector<int64_t> first;  // where entries are in runs
   std::vector<int32_t> positions;
   Floats values;
   Stencil stencil;
   Plan plan;
 
-  StencilEntries entries() const { return {stencil.rows(), begin.data(), offset.data(), values.data()}; }
+  bool in_runs() const { return !first.empty(); }
+  StencilEntries entries() const {
+    return {stencil.rows(), begin.data(), offset.data(), in_runs() ? first.data() : nullptr, values.data()};
+  }
+  const int32_t* ranks() const { return in_runs() ? nullptr : rank.data(); }
 };
 
 BuiltIndex build(const Problem& p, const ConvShape& shape, Direction direction, bool in_place) {
@@ -151,14 +156,25 @@ BuiltIndex build(const Problem& p, const ConvShape& shape, Direction direction, 
   const auto count = static_cast<size_t>(
       count_entries(p.mask.data(), shape, WeightOrder::kContiguous, direction, index.plan, index.begin.data()));
   index.offset.resize(count);
-  index.rank.resize(count);
+  // What is in runs may be ranked as well.
+  const auto groups = static_cast<int64_t>(index.begin.size()) - 1;
+  const bool in_runs =
+      entries_in_runs(WeightOrder::kContiguous, direction, index.plan, groups, active_count) && pick({0, 1}) == 1;
+  if (in_runs) {
+    index.first.resize(index.begin.size() - 1);
+  } else {
+    index.rank.resize(count);
+  }
   index.positions.resize(count);
   list_active(p.mask.data(), shape.weights(), index.positions.data());
   fill_entries(p.mask.data(), shape, WeightOrder::kContiguous, direction, index.plan,
-               {index.begin.data(), index.offset.data(), index.rank.data()});
-  Floats active(count);
-  gather(p.weight.data(), Element::kFloat32, index.positions.data(), active_count, false, active.data(), Serial());
+               {index.begin.data(), index.offset.data(), in_runs ? nullptr : index.rank.data(),
+                in_runs ? index.first.data() : nullptr});
   index.values.resize(count);
+  gather(p.weight.data(), Element::kFloat32, index.positions.data(), active_count, false, index.values.data(),
+         Serial());
+  if (in_runs) return index;
+  const Floats active = index.values;
   gather(active.data(), Element::kFloat32, index.rank.data(), active_count, false, index.values.data(), Serial());
   return index;
 }
@@ -206,10 +222,10 @@ void check(const Problem& p, const Parallel& parallel) {
   for_each_product(s, expected_input, grad_output, [&](size_t w, float& x, float y) { x += p.weight[w] * y; });
   expect_close("gradient of the input", grad_input.values, expected_input.values, p);
 
-  const auto count = static_cast<int64_t>(forward.rank.size());
+  const auto count = static_cast<int64_t>(forward.offset.size());
   Floats partial(static_cast<size_t>(gradient_parts(forward.plan) * count));
   Floats gradient(static_cast<size_t>(count));
-  correlate_stencil(forward.stencil, forward.plan, forward.entries(), forward.rank.data(), count, view(input),
+  correlate_stencil(forward.stencil, forward.plan, forward.entries(), forward.ranks(), count, view(input),
                     view(grad_output), partial.data(), gradient.data(), parallel);
   Floats products(p.weight.size());
   for_each_product(s, input, grad_output, [&](size_t w, float x, float y) { products[w] += x * y; });

@@ -103,11 +103,14 @@ class Index(NamedTuple):
     offset: Tensor
     """int32: where in the packed source an entry looks."""
     rank: Tensor
-    """int32: which of the active weights it is, in storage order."""
+    """int32: which of the active weights it is, in storage order; empty where ``first`` is not."""
+    first: Tensor
+    """int64: the rank of the first entry of each (block, row), where the others follow it in storage
+    order too; empty where they do not."""
 
     def order(self, values: Tensor) -> Tensor:
-        """float32: values of the active weights, in the order of the entries."""
-        return gather(values, self.rank)
+        """float32: values of the active weights, in the order in which the kernels want them."""
+        return values.float().contiguous() if self.first.numel() else gather(values, self.rank)
 
 
 def gather(source: Tensor, at: Tensor, *, to_bfloat16: bool = False) -> Tensor:
