@@ -119,5 +119,6 @@ def linear_shape(input: Tensor, weight_shape: Sequence[int]) -> Shape:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """(…, features) as (rows, features)."""
-    rows: Tensor = torch.atleast_2d(tensor)
-    return rows.flatten(0, -2)
+    if tensor.dim() == 2:  # as usual; each of torch's functions takes a microsecond
+        return tensor
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
