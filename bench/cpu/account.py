@@ -1,14 +1,14 @@
 """What a sparse layer takes by the sum of its parts, each measured in the same run.
 
     account = the layer without an active weight
-            + fetching the values of the active weights, over and over from the same weight
+            + fetching the values of the active weights, from a weight that is in no cache
             + what else only active weights make it read, at the memory's rate
             + its products, at the kernel's rate where all lies in the first-level cache
 
 The first part packs inputs, writes outputs and gradients, compares the mask and passes through
 Python. The third are the index, and the inputs of pointwise layers, which are read in place by the
 active weights alone. What a measured layer takes beyond its account are cache misses between the
-parts, and a weight gradient's way from the order of the index to the weight's.
+parts, and the way of weights and their gradients into the order of an index and back.
 
 A network's training step has an account too: the step without an active weight, and the products.
 """
@@ -16,6 +16,7 @@ A network's training step has an account too: the step without an active weight,
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -36,6 +37,7 @@ from granet_kernels.backends.cpp.index import LONGEST_TILE, gather
 PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 3}
 FLOAT = 4  # bytes
 ENTRY = 8  # bytes that an index has for an active weight: an offset and a rank
+SWEPT = 96 << 20  # bytes, more than any cache here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,11 +152,15 @@ def rates(threads: int, rows: int | None = None) -> Rates:
 
 @functools.cache
 def fetching_ms(weights: int, sparsity: float, threads: int) -> float:
-    """Milliseconds to fetch the active ones of so many weights, again and again."""
+    """Milliseconds to fetch the active ones of so many weights, from one of many in turn.
+
+    A network's weights, and those of the contenders here, are more than the caches hold.
+    """
     torch.set_num_threads(threads)
-    weight = torch.ones(weights)
+    count = max(2, math.ceil(SWEPT / (FLOAT * weights)))
+    in_turn = itertools.cycle([torch.ones(weights) for _ in range(count)])
     at = torch.nonzero(torch.rand(weights) >= sparsity).view(-1).int()
-    return _median_ms(lambda: gather(weight, at))
+    return _median_ms(lambda: gather(next(in_turn), at))
 
 
 def _bytes_a_ms() -> float:
