@@ -53,6 +53,17 @@ def test_cost_grows_with_active_weights_and_decides_once():
     assert chosen == sorted(chosen, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"), [(MaskedLinear(9, 4), (3, 9)), (MaskedConv2d(3, 4, 3), (2, 3, 8, 8))]
+)
+def test_without_an_inactive_weight_it_is_the_dense_layer_to_the_bit(layer, size):
+    x = torch.randn(size)
+    assert torch.equal(layer(x), layer.to_dense()(x))
+    layer.mask = torch.arange(layer.weight.numel()).view_as(layer.weight) > 0
+    layer(x)
+    assert repr(layer).endswith("algorithm=auto: sparse)")  # so small that the choice is a matter of calls
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_whoever_writes_to_mask_or_weight_is_noticed(algorithm):
     layer = sparse_layer(8, 8, 3, padding=1, bias=False)

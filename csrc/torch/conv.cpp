@@ -74,7 +74,7 @@ double time_of(const ConvShape& shape, int64_t entries) {
   const double elements =
       static_cast<double>(shape.batch) * (static_cast<double>(shape.channels) * pixels(shape.input) +
                                           static_cast<double>(shape.out_channels) * pixels(shape.output()));
-  return products / 21 + elements * 0.3;
+  return products / 40 + elements * 0.36;
 }
 
 // A source may be read where it is if each of its planes is a run of floats at least as long as a tile.

@@ -15,19 +15,20 @@ from granet_kernels.choices import choice_of
 COMPUTED = (torch.float32, torch.bfloat16)
 """What the sparse kernels read and write; they sum in float32."""
 
-# Nanoseconds on one thread, of one of the three passes (forward, two gradients). Fitted to 550 layers,
-# convolutions of 3 to 256 channels with 16 to 1024 pixels, batch 1 to 64, and linear layers, at 30 to 90 %
-# sparsity: what is chosen by them took 1.03 times as long as the better of the two in geometric mean (the
-# sparse one throughout 1.08, the dense one 1.25).
-DENSE_POINTWISE = 1 / 43  # a product and sum of the dense layer
-DENSE_SPATIAL = 1 / 38
-DENSE_WEIGHT = 0.8  # masking a weight and its gradient
-DENSE_ELEMENT = 0.6  # of input or output
-SPARSE_PRODUCT = 1 / 21
-SPARSE_ACTIVE = 2.6  # fetching an active weight, storing its gradient
-SPARSE_WEIGHT = 0.5  # comparing its bit, clearing its gradient
-SPARSE_ELEMENT = 0.3  # packed or unpacked
-SPARSE_CALL = 8_000.0  # more than the dense layer's
+# Nanoseconds on one thread, of one of the three passes (forward, two gradients). Fitted to 1742 layers, with
+# AVX-512 and with AVX2 alone: convolutions of 3 to 512 channels with 16 to 1024 pixels, batch 1 to 64, and linear
+# layers of 10 to 3072 features, batch 1 to 512, at 30 to 90 % sparsity. What is chosen by them took 1.02 times
+# as long as the better of the two in geometric mean (the sparse one throughout 1.05, the dense one 1.55).
+DENSE_POINTWISE = 1 / 59  # a product and sum of the dense layer
+DENSE_SPATIAL = 1 / 69
+DENSE_WEIGHT = 0.47  # masking a weight and its gradient
+DENSE_ELEMENT = 0.65  # of input or output
+DENSE_CALL = 16_000.0  # more than the sparse layer's
+SPARSE_POINTWISE = 1 / 51
+SPARSE_SPATIAL = 1 / 37
+SPARSE_ACTIVE = 1.3  # fetching an active weight, storing its gradient
+SPARSE_WEIGHT = 0.09  # comparing its bit, clearing its gradient
+SPARSE_ELEMENT = 0.36  # packed or unpacked
 
 NATIVE_BFLOAT16 = 0.5
 """Of the time of dense products, where the processor multiplies bfloat16 itself."""
@@ -56,7 +57,12 @@ def chooses_sparse(
 
 
 def prefers_sparse(shape: Shape, active: int, dtype: torch.dtype) -> bool:
-    """Whether a layer with ``active`` weights is expected to be faster with the sparse kernels."""
+    """Whether a layer with ``active`` weights is expected to be faster with the sparse kernels.
+
+    One without an inactive weight computes what the dense layer computes, to the bit.
+    """
+    if active == shape.weights:
+        return False
     height, width = shape.output_size
     pixels = shape.batch * height * width
     elements = (
@@ -67,7 +73,7 @@ def prefers_sparse(shape: Shape, active: int, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         product *= NATIVE_BFLOAT16
     dense = pixels * shape.weights * product
-    dense += shape.weights * DENSE_WEIGHT + elements * DENSE_ELEMENT
-    sparse = pixels * active * SPARSE_PRODUCT + active * SPARSE_ACTIVE
-    sparse += shape.weights * SPARSE_WEIGHT + elements * SPARSE_ELEMENT + SPARSE_CALL
+    dense += shape.weights * DENSE_WEIGHT + elements * DENSE_ELEMENT + DENSE_CALL
+    sparse = pixels * active * (SPARSE_POINTWISE if pointwise else SPARSE_SPATIAL)
+    sparse += active * SPARSE_ACTIVE + shape.weights * SPARSE_WEIGHT + elements * SPARSE_ELEMENT
     return sparse < dense
