@@ -61,7 +61,9 @@ def test_without_an_inactive_weight_it_is_the_dense_layer_to_the_bit(layer, size
     assert torch.equal(layer(x), layer.to_dense()(x))
     layer.mask = torch.arange(layer.weight.numel()).view_as(layer.weight) > 0
     layer(x)
-    assert repr(layer).endswith("algorithm=auto: sparse)")  # so small that the choice is a matter of calls
+    assert repr(layer).endswith(
+        "algorithm=auto: sparse)"
+    )  # so small that the choice is a matter of calls
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
