@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -28,18 +29,16 @@ def measure(
     targets: Mapping[float, Target],
 ) -> list[Row]:
     """Rows for uniform and ERK masks; `targets` are for the uniform ones."""
-    formats = {
-        name: networks.faster_format(network, task, threads, name)
-        for name in networks.our_names(task)
-    }
-    entered = networks.contenders(network, task, sparsities, formats)
+    format_of = functools.partial(networks.faster_format, network, task, threads)
+    entered = networks.contenders(network, task, sparsities, format_of)
     if task == TRAINING_STEP:
-        entered.append(networks.without_weights(network, formats[SPARSIFIED]))
+        memory_format = format_of(SPARSIFIED, max(sparsities), "uniform")
+        entered.append(networks.without_weights(network, memory_format))
     done = race(entered, seconds, least)
     rows = []
     for masks in MASKS:
         for sparsity in sparsities:
-            for name in formats:
+            for name in networks.our_names(task):
                 ours = networks.role(name, sparsity, masks)
                 row = verdict.row(
                     done,
@@ -58,7 +57,8 @@ def measure(
                 )
                 assert row is not None
                 if with_peak and (masks, sparsity) == PEAK_AT:
-                    row = _with_peak(row, network, task, formats[name], threads, name)
+                    memory_format = format_of(name, sparsity, masks)
+                    row = _with_peak(row, network, task, memory_format, threads, name)
                 rows.append(row)
     if task == TRAINING_STEP:
         rows += account.training_rows(done, network, threads, sparsities)

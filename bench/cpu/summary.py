@@ -88,9 +88,7 @@ SPEEDUPS = (
         *("MaskedLinear", 1, "1.51, 2.76, 4.76, 8.69"),
     ),
     _layers("the same, 2 threads", "MaskedLinear", 2, "the same"),
-    _layers(
-        "… against SparseProp 0.1.14, 1 thread", "MaskedLinear", 1, "1.2", baseline=SPARSEPROP
-    ),
+    _layers("… against SparseProp 0.1.14, 1 thread", "MaskedLinear", 1, "1.2", baseline=SPARSEPROP),
     _layers("… the same, 2 threads", "MaskedLinear", 2, "1.2", baseline=SPARSEPROP),
     Line(
         "ResNet-18, 32×32, batch 64: training step, 1 thread",
