@@ -160,7 +160,7 @@ def fetching_ms(weights: int, sparsity: float, threads: int) -> float:
     count = max(2, math.ceil(SWEPT / (FLOAT * weights)))
     in_turn = itertools.cycle([torch.ones(weights) for _ in range(count)])
     at = torch.nonzero(torch.rand(weights) >= sparsity).view(-1).int()
-    return _median_ms(lambda: gather(next(in_turn), at))
+    return _median_ms(lambda: gather(next(in_turn), at, rising=True))
 
 
 def _bytes_a_ms() -> float:

@@ -9,8 +9,23 @@
 namespace granet::cpu {
 namespace {
 
-constexpr int64_t kGathered = 16384;           // values that a thread takes at once
+constexpr int64_t kGathered = 16384;  // values that a thread takes at once
+// Values that are fetched ahead: the processor's prefetchers do not see which lines are wanted. Of 2 million weights
+// out of all caches, 90, 95 and 98 % of them inactive: 0.26, 0.23 and 0.09 ms for 0.36, 0.33 and 0.16.
+constexpr int64_t kGatheredAhead = 192;
 constexpr int64_t kSpread = int64_t{1} << 16;  // weights that are cleared, and then written, while in the cache
+
+template <typename Type, typename Convert>
+void gather_piece(const Type* source, const Convert& convert, const Positions& at, int64_t first, int64_t end,
+                  float* values) {
+  int64_t i = first;
+  const int64_t last = at.rising ? std::min(end, at.count - kGatheredAhead) : first;
+  for (; i < last; ++i) {
+    __builtin_prefetch(source + at.data[i + kGatheredAhead]);
+    values[i] = convert(source[at.data[i]]);
+  }
+  for (; i < end; ++i) values[i] = convert(source[at.data[i]]);
+}
 
 // Gradients from here on are written past the caches: no layer's stays there until the optimizer reads it.
 constexpr int64_t kLargeGradient = int64_t{4} << 20;  // bytes
@@ -71,16 +86,16 @@ void list_active(const uint8_t* mask, int64_t weights, int32_t* positions) {
   for_each_active(mask, weights, [&](int64_t weight) { *positions++ = static_cast<int32_t>(weight); });
 }
 
-void gather(const void* source, Element element, const int32_t* at, int64_t count, bool to_bfloat16, float* values,
+void gather(const void* source, Element element, const Positions& at, bool to_bfloat16, float* values,
             const Parallel& parallel) {
-  parallel.for_each(ceil_div(count, kGathered), [&](int64_t chunk) {
+  parallel.for_each(ceil_div(at.count, kGathered), [&](int64_t chunk) {
     const int64_t first = chunk * kGathered;
-    const int64_t end = std::min(count, first + kGathered);
+    const int64_t end = std::min(at.count, first + kGathered);
     if (element == Element::kBFloat16) {
-      for (int64_t i = first; i < end; ++i) values[i] = bfloat16_to_float(static_cast<const uint16_t*>(source)[at[i]]);
-      return;
+      return gather_piece(static_cast<const uint16_t*>(source), bfloat16_to_float, at, first, end, values);
     }
-    for (int64_t i = first; i < end; ++i) values[i] = static_cast<const float*>(source)[at[i]];
+    const auto same = [](float value) { return value; };
+    gather_piece(static_cast<const float*>(source), same, at, first, end, values);
     for (int64_t i = first; i < end && to_bfloat16; ++i) values[i] = round_to_bfloat16(values[i]);
   });
 }

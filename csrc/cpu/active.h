@@ -32,8 +32,14 @@ void for_each_active(const uint8_t* mask, int64_t weights, const Visit& visit) {
 int64_t count_weights(const uint8_t* mask, int64_t weights);
 void list_active(const uint8_t* mask, int64_t weights, int32_t* positions);
 
-// values[i] = source[at[i]] in float32, rounded to bfloat16 if asked, for i < count.
-void gather(const void* source, Element element, const int32_t* at, int64_t count, bool to_bfloat16, float* values,
+struct Positions {
+  const int32_t* data;
+  int64_t count;
+  bool rising;  // in a source that is in no cache, so what they name is fetched ahead
+};
+
+// values[i] = source[at.data[i]] in float32, rounded to bfloat16 if asked, for i < at.count.
+void gather(const void* source, Element element, const Positions& at, bool to_bfloat16, float* values,
             const Parallel& parallel);
 
 // gradient (`weights` elements) = values[i] at positions[i], which rise, and 0 elsewhere.

@@ -170,13 +170,13 @@ Tensor active_positions(Tensor mask, int64_t weights) {
   return positions;
 }
 
-// source[at] in float32, rounded to bfloat16 first if asked.
-Tensor gather(Tensor source, Tensor at, bool to_bfloat16) {
+// source[at] in float32, rounded to bfloat16 first if asked; `rising` as in cpu/active.h.
+Tensor gather(Tensor source, Tensor at, bool to_bfloat16, bool rising) {
   check_contiguous(at, ScalarType::Int, "at", "int32");
   Tensor values = torch::stable::new_empty(at, {at.numel()}, ScalarType::Float);
-  cpu::gather(source.const_data_ptr(), element_of(source, "source"), static_cast<const int32_t*>(at.const_data_ptr()),
-              at.numel(), to_bfloat16, static_cast<float*>(values.mutable_data_ptr()),
-              TorchThreads(static_cast<double>(at.numel()) * 2));
+  cpu::gather(source.const_data_ptr(), element_of(source, "source"),
+              {static_cast<const int32_t*>(at.const_data_ptr()), at.numel(), rising}, to_bfloat16,
+              static_cast<float*>(values.mutable_data_ptr()), TorchThreads(static_cast<double>(at.numel()) * 2));
   return values;
 }
 
@@ -235,13 +235,13 @@ Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored,
   const TorchThreads threads(static_cast<double>(count) * 2);
   if (!is_fetched) {
     cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
-                static_cast<const int32_t*>(known.positions.const_data_ptr()), count, to_bfloat16,
+                {static_cast<const int32_t*>(known.positions.const_data_ptr()), count, true}, to_bfloat16,
                 static_cast<float*>(stored.mutable_data_ptr()), threads);
   }
   if (is_in_runs(index)) return stored;
   STD_TORCH_CHECK(index[2].numel() == count, "index[2]: expected ", count, " elements, got ", index[2].numel());
   Tensor values = torch::stable::new_empty(stored, {count}, ScalarType::Float);
-  cpu::gather(stored.const_data_ptr(), cpu::Element::kFloat32, ranks_of(index), count, false,
+  cpu::gather(stored.const_data_ptr(), cpu::Element::kFloat32, {ranks_of(index), count, false}, false,
               static_cast<float*>(values.mutable_data_ptr()), threads);
   return values;
 }
@@ -375,7 +375,7 @@ bool masked_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def("stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool in_place) -> Tensor[]");
   m.def("active_positions(Tensor mask, int weights) -> Tensor");
-  m.def("gather(Tensor source, Tensor at, bool to_bfloat16) -> Tensor");
+  m.def("gather(Tensor source, Tensor at, bool to_bfloat16, bool rising) -> Tensor");
   m.def(
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");

@@ -171,11 +171,12 @@ BuiltIndex build(const Problem& p, const ConvShape& shape, Direction direction, 
                {index.begin.data(), index.offset.data(), in_runs ? nullptr : index.rank.data(),
                 in_runs ? index.first.data() : nullptr});
   index.values.resize(count);
-  gather(p.weight.data(), Element::kFloat32, index.positions.data(), active_count, false, index.values.data(),
+  gather(p.weight.data(), Element::kFloat32, {index.positions.data(), active_count, true}, false, index.values.data(),
          Serial());
   if (in_runs) return index;
   const Floats active = index.values;
-  gather(active.data(), Element::kFloat32, index.rank.data(), active_count, false, index.values.data(), Serial());
+  gather(active.data(), Element::kFloat32, {index.rank.data(), active_count, false}, false, index.values.data(),
+         Serial());
   return index;
 }
 

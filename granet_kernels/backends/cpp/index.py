@@ -113,9 +113,14 @@ class Index(NamedTuple):
         return values.float().contiguous() if self.first.numel() else gather(values, self.rank)
 
 
-def gather(source: Tensor, at: Tensor, *, to_bfloat16: bool = False) -> Tensor:
-    """``source[at]`` in float32, of tensors in storage order; rounded to bfloat16 first if asked."""
-    gathered: Tensor = torch.ops.granet_cpp.gather.default(source, at, to_bfloat16)
+def gather(
+    source: Tensor, at: Tensor, *, to_bfloat16: bool = False, rising: bool = False
+) -> Tensor:
+    """``source[at]`` in float32, of tensors in storage order; rounded to bfloat16 first if asked.
+
+    ``rising`` positions in a source that is in no cache are fetched ahead.
+    """
+    gathered: Tensor = torch.ops.granet_cpp.gather.default(source, at, to_bfloat16, rising)
     return gathered
 
 
