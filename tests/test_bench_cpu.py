@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: `bench` is not installed, everything else is
 
-from bench.cpu import account, layers, rows, shapes, targets, verdict  # noqa: E402
+from bench.cpu import account, layers, rows, shapes, summary, targets, verdict  # noqa: E402
 from bench.cpu.effort import FULL, QUICK  # noqa: E402
 from bench.cpu.race import Contender, Race  # noqa: E402
 from bench.cpu.targets import Target  # noqa: E402
@@ -276,3 +276,16 @@ def test_a_quick_group(tmp_path):
     dense = [r for r in measured if (r["group"], r["baseline"]) == ("linear", "dense")]
     assert [row["measure"] for row in dense] == ["forward", "forward+backward"]
     assert all(float(row["ours_ms"]) > 0 and row["threads"] == "1" for row in dense)
+
+
+# --- what is published ----------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text().splitlines()
+    page = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    for line in summary.table(summary.SPEEDUPS, floors=True):
+        assert line in readme
+        assert line in page
+    for line in summary.table(summary.ACCOUNTS, floors=False):
+        assert line in page

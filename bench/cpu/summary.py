@@ -135,7 +135,8 @@ def table(lines: Sequence[Line], *, floors: bool) -> list[str]:
 def _markdown(line: Line, measured: Sequence[list[dict[str, str]]], *, floors: bool) -> str:
     by_file = [line.rows(rows) for rows in measured]
     cells = ["; ".join(map(_cell, of_files)) for of_files in zip(*by_file, strict=True)]
-    return "| " + " | ".join([line.label, *cells, *([line.floor] if floors else [])]) + " |"
+    text = "| " + " | ".join([line.label, *cells, *([line.floor] if floors else [])]) + " |"
+    return text.replace("|  |", "| |")
 
 
 def _cell(row: Mapping[str, str]) -> str:

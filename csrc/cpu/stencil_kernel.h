@@ -72,27 +72,28 @@ inline void fetch_target(const DirectTarget& direct, int64_t row) {
   }
 }
 
-// A row's entries in a block of channels.
-struct RowEntries {
-  int64_t count;
-  const int32_t* offset;
-  int64_t value;  // of the first one; the others follow
-};
+// The entries of a block's rows.
+struct BlockEntries {
+  explicit BlockEntries(const StencilEntries& entries, int64_t block)
+      : begin(entries.begin + block * entries.rows),
+        first(entries.first + block * entries.rows),
+        offset(entries.offset) {}
 
-inline RowEntries row_entries(const StencilEntries& entries, int64_t block, int64_t row) {
-  const int64_t at = block * entries.rows + row;
-  const int64_t begin = entries.begin[at];
-  return {entries.begin[at + 1] - begin, entries.offset + begin, entries.first == nullptr ? begin : entries.first[at]};
-}
+  int64_t count(int64_t row) const { return begin[row + 1] - begin[row]; }
+
+  const int64_t* begin;
+  const int64_t* first;
+  const int32_t* offset;
+};
 
 template <int kTile>
 void sum_tile(const SumTile& task) {
+  const BlockEntries entries(task.entries, task.block);
   const bool finishes = task.direct.target != nullptr && task.block + 1 == task.blocks;
   float* sums = task.sums;
   for (int64_t row = task.first_row; row < task.last_row; ++row, sums += kTile * kLanes) {
-    const RowEntries entries = row_entries(task.entries, task.block, row);
-    const float* value = task.entries.value + entries.value;
-    if (task.block > 0 && entries.count == 0 && !finishes) continue;
+    const int64_t count = entries.count(row);
+    if (task.block > 0 && count == 0 && !finishes) continue;
     if (finishes && !task.direct.streams && row + 1 < task.last_row) fetch_target(task.direct, row + 1);
     Floats sum[kTile];
     if (task.block > 0) {
@@ -101,8 +102,10 @@ void sum_tile(const SumTile& task) {
       const Floats bias = broadcast(task.bias == nullptr ? 0.0f : task.bias[row / task.rows_per_bias]);
       for (int t = 0; t < kTile; ++t) sum[t] = bias;
     }
-    for (int64_t e = 0; e < entries.count; ++e) {
-      const float* source = task.slab + entries.offset[e];
+    const int32_t* offset = entries.offset + entries.begin[row];
+    const float* value = task.entries.value + entries.first[row];
+    for (int64_t e = 0; e < count; ++e) {
+      const float* source = task.slab + offset[e];
       const Floats weight = broadcast(value[e]);
       if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
       for (int t = 0; t < kTile; ++t) sum[t] = fma(weight, load(source + t * kLanes), sum[t]);
@@ -118,6 +121,7 @@ void sum_tile(const SumTile& task) {
 
 template <int kTile>
 void correlate_tile(const CorrelateTile& task) {
+  const BlockEntries entries(task.entries, task.block);
   const auto product = [&](const Floats* factor, int32_t offset) {
     const float* source = task.slab + offset;
     if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
@@ -126,21 +130,21 @@ void correlate_tile(const CorrelateTile& task) {
     return sum;
   };
   for (int64_t row = task.first_row; row < task.last_row; ++row) {
-    const RowEntries entries = row_entries(task.entries, task.block, row);
-    if (entries.count == 0) continue;
-    const int32_t* offset = entries.offset;
-    float* gradients = task.gradient + entries.value;
+    const int64_t count = entries.count(row);
+    if (count == 0) continue;
+    const int32_t* offset = entries.offset + entries.begin[row];
+    float* gradients = task.gradient + entries.first[row];
     const float* target = task.target + (row - task.first_row) * task.plane;
     if (task.ahead != 0) prefetch_tile<kTile>(target + task.ahead);
     Floats factor[kTile];
     for (int t = 0; t < kTile; ++t) factor[t] = load(target + t * kLanes);
     int64_t e = 0;
-    for (; e + 4 <= entries.count; e += 4) {
+    for (; e + 4 <= count; e += 4) {
       const Floats a = product(factor, offset[e]), b = product(factor, offset[e + 1]),
                    c = product(factor, offset[e + 2]), d = product(factor, offset[e + 3]);
       store_four(gradients + e, load_four(gradients + e) + sums_of_lanes(a, b, c, d));
     }
-    for (; e < entries.count; ++e) {
+    for (; e < count; ++e) {
       const Floats sum = product(factor, offset[e]);
       gradients[e] += sums_of_lanes(sum, sum, sum, sum)[0];
     }

@@ -13,7 +13,7 @@ struct StencilEntries {
   int64_t rows;
   const int64_t* begin;
   const int32_t* offset;
-  const int64_t* first;  // of a block's row, in storage order; null where entries are not in runs
+  const int64_t* first;  // where the values of a block's row begin: in storage order, or `begin` itself
   const float* value;
 };
 

@@ -198,9 +198,9 @@ cpu::StencilEntries entries_of(const std::vector<Tensor>& index, const Work& wor
   STD_TORCH_CHECK(index[0].numel() == groups + 1 && index[2].numel() == (is_in_runs(index) ? 0 : index[1].numel()) &&
                       index[3].numel() == (is_in_runs(index) ? groups : 0),
                   "index: not one that was built for these shapes");
-  return {work.stencil.rows(), static_cast<const int64_t*>(index[0].const_data_ptr()),
-          static_cast<const int32_t*>(index[1].const_data_ptr()),
-          is_in_runs(index) ? static_cast<const int64_t*>(index[3].const_data_ptr()) : nullptr, values};
+  const auto* begin = static_cast<const int64_t*>(index[0].const_data_ptr());
+  return {work.stencil.rows(), begin, static_cast<const int32_t*>(index[1].const_data_ptr()),
+          is_in_runs(index) ? static_cast<const int64_t*>(index[3].const_data_ptr()) : begin, values};
 }
 
 // The active weights of a layer, as backends/cpp/index.py keeps them: the bits of the mask, and where they are set.

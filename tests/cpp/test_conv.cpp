@@ -142,7 +142,7 @@ struct BuiltIndex {
 
   bool in_runs() const { return !first.empty(); }
   StencilEntries entries() const {
-    return {stencil.rows(), begin.data(), offset.data(), in_runs() ? first.data() : nullptr, values.data()};
+    return {stencil.rows(), begin.data(), offset.data(), in_runs() ? first.data() : begin.data(), values.data()};
   }
   const int32_t* ranks() const { return in_runs() ? nullptr : rank.data(); }
 };
