@@ -19,7 +19,7 @@ CLANG ?= $(firstword $(notdir $(wildcard /usr/bin/clang++ /usr/bin/clang++-[0-9]
 FUZZ_SECONDS ?= 30
 
 # What bench-cpu measures: all of bench/cpu, or a GROUP: step, selection, update, conv, linear, training, inference, engine.
-# QUICK=1: a few cases and rounds of each, in two minutes instead of twelve.
+# QUICK=1: a few cases and rounds of each, in two minutes instead of fifteen.
 GROUP ?=
 QUICK ?=
 BENCH_FILES = $(if $(GROUP),bench/cpu/test_$(GROUP).py,bench/cpu)
@@ -36,7 +36,7 @@ help:
 	@echo "make fuzz     feed the selection and the mask codec random inputs for a minute (needs clang)"
 	@echo "make lint     check style and types only"
 	@echo "make format   rewrite the sources in the project's style"
-	@echo "make bench-cpu  measure every kernel on the CPU against what it replaces: 12 minutes (QUICK=1: 2; GROUP=conv)"
+	@echo "make bench-cpu  measure every kernel on the CPU against what it replaces: 15 minutes (QUICK=1: 2; GROUP=conv)"
 	@echo "make kernel-report  compile every kernel for A100, H100 and B200, and check the code (needs no GPU)"
 	@echo "make simt     compile the CUDA kernels for the host; GRANET_SIMT=1 then runs them on the CPU (needs no GPU)"
 	@echo "make setup    create $(VENV) and install everything into it (the others do this by themselves)"
