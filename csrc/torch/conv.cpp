@@ -228,7 +228,7 @@ bool are_those_of(const Tensor& bits, const Tensor& mask) {
 Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored, bool is_fetched,
                  const std::vector<Tensor>& index, bool to_bfloat16) {
   const int64_t count = known.positions.numel();
-  STD_TORCH_CHECK(entries_in(index) == count, "index: expected ", count, " entries");
+  STD_TORCH_CHECK(index.size() == 4 && entries_in(index) == count, "index: expected 4 tensors and ", count, " entries");
   check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
   check_contiguous(stored, ScalarType::Float, "stored", "float32");
   STD_TORCH_CHECK(stored.numel() == count, "stored: expected ", count, " elements, got ", stored.numel());
