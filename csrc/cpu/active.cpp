@@ -62,11 +62,9 @@ void spread_as(const Convert& convert, const float* values, const int32_t* posit
   auto* target = static_cast<Type*>(gradient);
   const bool streams = weights * static_cast<int64_t>(sizeof(Type)) >= kLargeGradient &&
                        reinterpret_cast<uintptr_t>(gradient) % kStreamBytes == 0;
-  // One stretch for a thread: two that write to the same large page for the first time both clear it.
-  const int64_t stretch = streams ? ceil_div(ceil_div(weights, parallel.threads()), kSpread) * kSpread : kSpread;
-  parallel.for_each(ceil_div(weights, stretch), [&](int64_t piece) {
-    const int64_t first = piece * stretch;
-    const int64_t end = std::min(weights, first + stretch);
+  parallel.for_each(ceil_div(weights, kSpread), [&](int64_t piece) {
+    const int64_t first = piece * kSpread;
+    const int64_t end = std::min(weights, first + kSpread);
     if (streams) return stream_piece(convert, values, positions, count, first, end, target);
     std::memset(target + first, 0, static_cast<size_t>(end - first) * sizeof(Type));
     int64_t i = std::lower_bound(positions, positions + count, first) - positions;

@@ -3,9 +3,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <vector>
 
+#include "common/bfloat16.h"
 #include "common/bits.h"
 #include "cpu/active.h"
 #include "cpu/conv.h"
@@ -237,22 +239,79 @@ void check(const Problem& p, const Parallel& parallel) {
   expect_close("gradient of the weight", spread_gradient, products, p);
 }
 
+// Gradients on both sides of the size from which they are written past the caches, aligned or not.
+template <typename Type>
+void check_spread(Element element, int64_t weights, int64_t offset, const Parallel& parallel) {
+  std::vector<int32_t> positions;
+  Floats values;
+  std::vector<Type> expected(static_cast<size_t>(weights));
+  std::bernoulli_distribution active(0.03);
+  for (int64_t i = 0; i < weights; ++i) {
+    if (!active(generator)) continue;
+    positions.push_back(static_cast<int32_t>(i));
+    values.push_back(static_cast<float>(i % 251 + 1));  // exact in bfloat16
+    expected[static_cast<size_t>(i)] = element == Element::kFloat32
+                                           ? static_cast<Type>(values.back())
+                                           : static_cast<Type>(float_to_bfloat16(values.back()));
+  }
+  std::vector<Type> memory(static_cast<size_t>(weights + 64 + offset), Type{7});
+  void* start = memory.data();
+  size_t space = memory.size() * sizeof(Type);
+  auto* target = static_cast<Type*>(std::align(64, expected.size() * sizeof(Type), start, space)) + offset;
+  const auto count = static_cast<int64_t>(positions.size());
+  spread(values.data(), positions.data(), count, target, element, weights, parallel);
+  const bool is_right = std::memcmp(target, expected.data(), expected.size() * sizeof(Type)) == 0;
+  if (!is_right || target[weights] != Type{7}) {
+    ++failures;
+    std::printf("FAILED: spread of %lld weights, offset %lld\n", static_cast<long long>(weights),
+                static_cast<long long>(offset));
+  }
+  // And back: in positions that rise, fetched ahead or not.
+  for (const bool rising : {true, false}) {
+    Floats back(values.size());
+    gather(target, element, {positions.data(), count, rising}, false, back.data(), parallel);
+    if (back == values) continue;
+    ++failures;
+    std::printf("FAILED: gather of %lld values\n", static_cast<long long>(count));
+  }
+}
+
+void test_spread_and_gather() {
+  constexpr int64_t kLarge = int64_t{1} << 20;  // floats
+  for (const int64_t weights : {int64_t{1}, int64_t{1000}, kLarge - 1, kLarge, kLarge + 65537}) {
+    for (const int64_t offset : {0, 1}) {
+      check_spread<float>(Element::kFloat32, weights, offset, StdThreads(1 + weights % 3));
+      check_spread<uint16_t>(Element::kBFloat16, 2 * weights, offset, StdThreads(1 + offset));
+    }
+  }
+}
+
+bool same_bits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
 void test_threads_change_nothing() {
   Problem p = random_problem();
   while (p.shape.weights() < 500) p = random_problem();
   const BuiltIndex index = build(p, p.shape, Direction::kForward, false);
   Images input = images(p.shape.batch, p.shape.channels, p.shape.input, false, true);
-  std::vector<Floats> results;
+  Images grad_output = images(p.shape.batch, p.shape.out_channels, p.shape.output(), false, true);
+  const auto count = static_cast<int64_t>(index.offset.size());
+  std::vector<Floats> results, gradients;
   for (int threads : {1, 2, 3, 8}) {
     Images output = images(p.shape.batch, p.shape.out_channels, p.shape.output(), false, false);
     run_stencil(index.stencil, index.plan, index.entries(), input.view(), nullptr, {nullptr, false}, output.view(),
                 StdThreads(threads));
     results.push_back(output.values);
+    Floats partial(static_cast<size_t>(gradient_parts(index.plan) * count)), gradient(static_cast<size_t>(count));
+    correlate_stencil(index.stencil, index.plan, index.entries(), index.ranks(), count, input.view(),
+                      grad_output.view(), partial.data(), gradient.data(), StdThreads(threads));
+    gradients.push_back(gradient);
   }
-  for (const Floats& result : results) {
-    if (std::memcmp(result.data(), results[0].data(), result.size() * sizeof(float)) == 0) continue;
+  for (size_t i = 1; i < results.size(); ++i) {
+    if (same_bits(results[i], results[0]) && same_bits(gradients[i], gradients[0])) continue;
     ++failures;
-    std::printf("FAILED: the number of threads changes the output\n");
+    std::printf("FAILED: the number of threads changes the output or the gradient\n");
   }
 }
 
@@ -260,7 +319,8 @@ void test_threads_change_nothing() {
 
 int main() {
   for (int i = 0; i < 60; ++i) check(random_problem(), StdThreads(1 + i % 3));
-  test_threads_change_nothing();
+  test_spread_and_gather();
+  for (int i = 0; i < 10; ++i) test_threads_change_nothing();
   if (failures == 0) std::printf("conv: all passed\n");
   return failures == 0 ? 0 : 1;
 }
