@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parents[1] / "results" / "cpu-amd-epyc"
 FILES = ("cpu.csv", "cpu-avx2.csv")
 """With AVX-512, and with AVX2 alone; a cell has a number of each."""
 
+ERK = "erk"
 CONV, LINEAR, BATCH_1 = "geometric mean of 24", "geometric mean of 8", "geometric mean of 14"
 RESNET18, RESNET50 = "ResNet-18, 32x32, batch 64", "ResNet-50, 224x224, batch 16"
 ONE_IMAGE = "ResNet-50, 224x224, batch 1"
@@ -41,22 +42,13 @@ class Line:
 
     def rows(self, measured: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
         """Of one file, by sparsity; uniform masks."""
-        found = []
-        for sparsity in SPARSITIES:
-            (row,) = [
-                row
-                for row in measured
-                if (row["group"], row["case"], row["measure"]) == self._what
-                and (row["ours"], row["baseline"]) == (self.ours, self.baseline)
-                and (int(row["threads"]), float(row["sparsity"])) == (self.threads, sparsity)
-                and row["masks"] in ("", "uniform")
-            ]
-            found.append(row)
-        return found
-
-    @property
-    def _what(self) -> tuple[str, str, str]:
-        return self.group, self.case, self.measure
+        wanted = {
+            name: str(getattr(self, name))
+            for name in ("group", "case", "measure", "threads", "ours", "baseline")
+        }
+        of_this = [row for row in measured if wanted.items() <= row.items() and row["masks"] != ERK]
+        by_sparsity = {float(row["sparsity"]): row for row in of_this if row["sparsity"]}
+        return [by_sparsity[sparsity] for sparsity in SPARSITIES]
 
 
 def _layers(label: str, ours: str, threads: int, floor: str, **options: str) -> Line:
