@@ -3,72 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from granet.cli import main
-from granet.export.dead_channels import Removal, remove_dead_channels
-from granet.export.formats import PROGRAMS, export_program
+from granet.export.dead_channels import remove_dead_channels
 from granet.models import create_model
-from granet.training.train import train
-from granet_kernels import masked_layers, sparsify
+from tests.dead_channels import ignore, kill, removed, settle, stack
 from tests.random_networks import random_network
 from tests.tiny_runs import tiny, tiny_config  # noqa: F401
-
-DEAD = [1, 3]
-
-
-def removed(model: nn.Module, *shape: int) -> Removal:
-    """Without its dead channels; the outputs are those of before, in fp64."""
-    model.double().eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    removal = remove_dead_channels(model, shape)
-    images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(5)).double()
-    with torch.no_grad():
-        expected, result = model(images), removal.model(images)
-    assert expected.abs().max() > 0
-    assert torch.allclose(result, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    return removal
-
-
-def kill(layer: nn.Module, channels: list[int] = DEAD, bias: float = 0.0) -> None:
-    """Output channels that are constant."""
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    with torch.no_grad():
-        layer.weight[channels] = 0.0
-        if layer.bias is not None:
-            layer.bias[channels] = bias
-
-
-def ignore(layer: nn.Module, channels: list[int] = DEAD) -> None:
-    """Input channels that nobody reads."""
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    with torch.no_grad():
-        layer.weight[:, channels] = 0.0
-
-
-def settle(norm: nn.Module, at_zero: float | None = None, channels: list[int] = DEAD) -> None:
-    """Statistics of a batch norm; `at_zero` is what it makes of 0 in some channels."""
-    assert isinstance(norm, nn.BatchNorm2d)
-    with torch.no_grad():
-        for tensor in (norm.running_mean, norm.bias):
-            assert tensor is not None
-            tensor.normal_()
-        for tensor in (norm.running_var, norm.weight):
-            assert tensor is not None
-            tensor.uniform_(0.5, 1.5)
-        if at_zero is not None:
-            assert norm.running_mean is not None
-            norm.running_mean[channels] = 0.0
-            norm.bias[channels] = at_zero
 
 
 @pytest.fixture(autouse=True)
@@ -77,19 +23,6 @@ def seeded() -> None:
 
 
 # Small networks, widths by hand
-
-
-def stack(*middle: nn.Module, padding: int = 1, bias: bool = False) -> nn.Sequential:
-    """A convolution with two dead channels of six, something, a convolution, the mean."""
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3, bias=bias),
-        *middle,
-        nn.Conv2d(6, 4, 3, padding=padding, bias=False),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-    kill(model[0])
-    return model
 
 
 def test_channels_that_are_zero() -> None:
@@ -439,126 +372,3 @@ def test_random_networks() -> None:
         )
         count += sum(before - after for before, after in removal.channels.values())
     assert count > 300
-
-
-# What comes out
-
-
-def masked_network() -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3, padding=1),
-        nn.Flatten(),
-        nn.Linear(8 * 16, 3),
-    )
-    settle(model[1], -1.0)
-    model = sparsify(model, exclude=["5"]).eval()
-    for layer in masked_layers(model).values():
-        mask = torch.rand(layer.weight.shape) < 0.5
-        if layer.in_channels == 2:
-            mask[DEAD] = False
-        layer.mask = mask  # type: ignore[assignment]
-    return model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masks_and_dtypes_are_kept(dtype: torch.dtype) -> None:
-    model = masked_network().to(dtype)
-    slim = remove_dead_channels(model, (2, 6, 6)).model
-    assert list(masked_layers(slim)) == ["0", "3"]
-    assert {p.dtype for p in slim.parameters()} == {dtype}
-    counts = [layer.bitmask.count() for layer in masked_layers(model).values()]
-    left = [layer.bitmask.count() for layer in masked_layers(slim).values()]
-    assert left[0] == counts[0]  # the dead had none
-    assert left[1] < counts[1]
-
-
-def test_new_biases_have_their_weights_dtype() -> None:
-    model = stack(nn.BatchNorm2d(6), padding=0).bfloat16().eval()
-    settle(model[1], 1.0)
-    slim = remove_dead_channels(model, (2, 8, 8)).model
-    assert slim.get_submodule("2").bias.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("form", PROGRAMS)
-def test_exported_programs(form: str, tmp_path: Path) -> None:
-    model = masked_network()
-    path = tmp_path / f"net.{'onnx' if form == 'onnx' else 'pt2'}"
-    if form == "onnx":
-        pytest.importorskip("onnxscript")
-        pytest.importorskip("onnxruntime")
-    export_program(remove_dead_channels(model, (2, 6, 6)).model, form, path, (2, 6, 6))
-    images = torch.randn(5, 2, 6, 6)
-    if form == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        [result] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        assert torch.allclose(torch.from_numpy(result), model(images), atol=1e-5)
-        return
-    torch.save(images, tmp_path / "images.pt")
-    wanted = "import granet_kernels" if form == "compressed" else "import torch"
-    code = f"""if True:
-        {wanted}; import sys, torch
-        model = torch.export.load({str(path)!r}).module()
-        torch.save(model(torch.load({str(tmp_path / "images.pt")!r})), {str(tmp_path / "out.pt")!r})
-        assert "granet" not in sys.modules"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    assert torch.allclose(torch.load(tmp_path / "out.pt"), model(images), atol=1e-5)
-
-
-def test_safetensors_needs_a_class(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected one of dense, compressed, onnx for a network"):
-        export_program(masked_network(), "safetensors", tmp_path / "net", (2, 6, 6))
-
-
-class ReadsValues(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) if x.sum() > 0 else x
-
-
-def test_what_cannot_be_traced_or_run_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"that torch\.fx can trace, got ReadsValues: "):
-        remove_dead_channels(ReadsValues(), (4,))
-    with pytest.raises(ValueError, match=r"runs in fp64 on samples of \(5,\), got Linear: "):
-        remove_dead_channels(nn.Linear(4, 4), (5,))
-
-
-def test_a_difference_is_an_error() -> None:
-    class Hidden(nn.Module):
-        """Which tracing would take for the identity."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x if isinstance(x, torch.fx.Proxy) else x + 1
-
-    with pytest.raises(ValueError, match="remove_dead_channels: the outputs differ by 1"):
-        remove_dead_channels(nn.Sequential(nn.Linear(4, 4), Hidden()), (4,))
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config(tmp_path, sparsity=0.9)
-    train(config)
-    run = str(config.run_directory)
-    capsys.readouterr()
-    line = ["export", run, "--remove-dead-channels", "--format", "dense", "--format", "compressed"]
-    assert main(line) == 0
-    printed = capsys.readouterr().out
-    assert " such stay; parameters: " in printed
-    assert "best.slim.dense.pt2: " in printed
-    assert (
-        "    import granet_kernels  # which has the operators\n    model = torch.export.load("
-        in printed
-    )
-    assert sorted(path.name for path in config.run_directory.glob("*.slim.*")) == [
-        "best.slim.compressed.pt2",
-        "best.slim.dense.pt2",
-    ]
-    with pytest.raises(SystemExit):
-        main([*line, "--format", "safetensors"])
-    assert "expected dense, compressed or onnx with remove_dead_channels" in capsys.readouterr().err
