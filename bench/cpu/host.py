@@ -8,12 +8,18 @@ from datetime import UTC, datetime
 import torch
 
 from bench.machine import slug, version_of
-from granet.host import cpu_name
+from granet.host import cpu_name, cpuinfo
+
+
+def processor() -> str:
+    """`AMD EPYC, family 26`: a virtual machine's name alone may hide the generation."""
+    family = cpuinfo("cpu family")
+    return f"{cpu_name()}, family {family}" if family else cpu_name()
 
 
 def folder_name() -> str:
-    """`cpu-amd-epyc`: where results of this machine are kept."""
-    return slug(f"cpu {cpu_name()}")
+    """`cpu-amd-epyc-family-26`: where results of this machine are kept."""
+    return slug(f"cpu {processor()}")
 
 
 def cores() -> int:
@@ -30,7 +36,7 @@ def describe(threads: int) -> dict[str, object]:
     figures are those of a shared machine.
     """
     return {
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "cores": cores(),
         "all_threads": threads,
         "isa": torch.backends.cpu.get_cpu_capability(),
