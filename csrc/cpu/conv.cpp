@@ -1,6 +1,7 @@
 #include "cpu/conv.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "common/bits.h"
@@ -127,13 +128,20 @@ DirectTarget direct_target(const Stencil& s, const ImageView& target, const Fini
           is_larger_than_caches(s)};
 }
 
+// The share of its planes that is fetched with a block.
+Next share_of(const Next& next, const Plan& plan, int64_t block) {
+  const int64_t first = next.planes * block / plan.blocks;
+  return {next.source + first * next.plane, next.plane, next.planes * (block + 1) / plan.blocks - first};
+}
+
 // All blocks of one tile. Without a direct target the sums are left in `sums`, row by row.
-void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab, int64_t vectors, int64_t first_row,
-              int64_t last_row, const float* bias, int64_t rows_per_bias, const DirectTarget& direct, float* sums) {
+void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const Next& next, int64_t vectors,
+              int64_t first_row, int64_t last_row, const float* bias, int64_t rows_per_bias, const DirectTarget& direct,
+              float* sums) {
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels().sum_tile[vectors]({.entries = entries,
                                  .slab = slab,
-                                 .ahead = plan.ahead,
+                                 .next = share_of(next, plan, block),
                                  .block = block,
                                  .blocks = plan.blocks,
                                  .first_row = first_row,
@@ -145,31 +153,58 @@ void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab
   }
 }
 
-// The first position of each tile, the last one moved back to end with the band where it would read past it.
-int64_t tile_start(const Plan& plan, const Unit& unit, const Stencil& s, int64_t position) {
-  const int64_t width = plan.tile * plan.vector;
-  return std::min(unit.first_row + position, s.grid.h - width);
+// A tile of a source that is read in place.
+struct TileInPlace {
+  int64_t image;
+  int64_t start;     // pixel
+  int64_t repeated;  // so many of its pixels are those of the tile before: the last one is moved back to end with the
+                     // image, where it would read past it
+
+  template <typename Float>
+  Float* in(const ImageView& view) const {
+    return static_cast<Float*>(view.data) + image * view.image_stride + start;
+  }
+};
+
+TileInPlace tile_in_place(const Stencil& s, const Plan& plan, const Unit& unit, int64_t position) {
+  const int64_t wanted = unit.first_row + position;
+  const int64_t start = std::min(wanted, s.grid.h - plan.tile * plan.vector);
+  return {unit.first_image, start, wanted - start};
+}
+
+// The tile after that at `position` of a unit; as a rule the thread's own next one.
+std::optional<TileInPlace> tile_after(const Stencil& s, const Plan& plan, int64_t unit, int64_t position) {
+  const int64_t next = position + plan.tile * plan.vector;
+  if (const Unit same = unit_of(s, plan, unit); next < same.rows) return tile_in_place(s, plan, same, next);
+  if (unit + 1 == plan.units()) return std::nullopt;
+  return tile_in_place(s, plan, unit_of(s, plan, unit + 1), 0);
+}
+
+Next planes_of(const std::optional<TileInPlace>& tile, const Stencil& s, const Plan& plan, const ImageView& source) {
+  if (!tile.has_value()) return {};
+  return {tile->in<const float>(source), plan.plane, s.channels};
 }
 
 void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
-                  const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
+                  const float* bias, const Finish& finish, const ImageView& target, int64_t index, Rows rows) {
   const int64_t width = plan.tile * plan.vector;
+  const Unit unit = unit_of(s, plan, index);
   const ScratchScope scratch;
   float* sums = take_floats(scratch, rows.count * width);
-  const int64_t image = unit.first_image;
-  const auto* slab = static_cast<const float*>(source.data) + image * source.image_stride;
   std::vector<Segment> segments(1);
   for (int64_t position = 0; position < unit.rows; position += width) {
-    const int64_t start = tile_start(plan, unit, s, position);
-    const int64_t repeated = unit.first_row + position - start;  // perhaps another thread's
-    segments[0] = {repeated, width - repeated, image * target.image_stride + start + repeated};
-    sum_tile(plan, entries, slab + start, plan.tile, rows.first, rows.first + rows.count, bias, 1,
-             direct_target(s, target, finish, segments), sums);
+    const TileInPlace tile = tile_in_place(s, plan, unit, position);
+    const int64_t first = tile.image * target.image_stride + tile.start + tile.repeated;
+    segments[0] = {tile.repeated, width - tile.repeated, first};  // what is repeated may be another thread's
+    sum_tile(plan, entries, tile.in<const float>(source),
+             planes_of(tile_after(s, plan, index, position), s, plan, source), plan.tile, rows.first,
+             rows.first + rows.count, bias, 1, direct_target(s, target, finish, segments), sums);
   }
 }
 
 void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
-                const float* bias, const Finish& finish, const ImageView& target, const Unit& unit, Rows rows) {
+                const float* bias, const Finish& finish, const ImageView& target, int64_t index, Rows rows) {
+  const Unit unit = unit_of(s, plan, index);
   const int64_t phases = s.spread.h * s.spread.w;
   const int64_t width = plan.tile * plan.vector;
   const ScratchScope scratch;
@@ -186,7 +221,7 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
     const int64_t vectors = vectors_left(plan, unit, position);
     const int64_t count = vectors * plan.vector;
     if (direct) find_segments(runs[0], position, count, segments);
-    sum_tile(plan, entries, slab + position, vectors, rows.first * phases, (rows.first + rows.count) * phases, bias,
+    sum_tile(plan, entries, slab + position, Next{}, vectors, rows.first * phases, (rows.first + rows.count) * phases, bias,
              phases, direct ? direct_target(s, target, finish, segments) : DirectTarget{}, sums);
     for (int64_t p = 0; p < phases && !direct; ++p) {
       unpack(runs[static_cast<size_t>(p)], target, finish, sums + p * count, phases * count, position, count,
@@ -203,8 +238,7 @@ void run_stencil(const Stencil& s, const Plan& plan, const StencilEntries& entri
   parallel.for_each(plan.units() * parts, [&](int64_t index) {
     const Rows rows = rows_of_part(s, parts, index % parts);
     if (rows.count <= 0) return;
-    const Unit unit = unit_of(s, plan, index / parts);
-    (plan.in_place ? run_in_place : run_packed)(s, plan, entries, source, bias, finish, target, unit, rows);
+    (plan.in_place ? run_in_place : run_packed)(s, plan, entries, source, bias, finish, target, index / parts, rows);
   });
 }
 
@@ -217,12 +251,14 @@ ImageView from_channel(ImageView view, int64_t channel) {
 }
 
 void correlate_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const float* factors,
-                    int64_t plane, int64_t vectors, Rows rows, float* sums) {
+                    const Next& next, const float* next_target, int64_t plane, int64_t vectors, Rows rows,
+                    float* sums) {
   for (int64_t block = 0; block < plan.blocks; ++block) {
     kernels().correlate_tile[vectors]({.entries = entries,
                                        .slab = slab,
                                        .target = factors,
-                                       .ahead = plan.ahead,
+                                       .next = share_of(next, plan, block),
+                                       .next_target = block + 1 == plan.blocks ? next_target : nullptr,
                                        .plane = plane,
                                        .block = block,
                                        .first_row = rows.first,
@@ -232,31 +268,35 @@ void correlate_tile(const Plan& plan, const StencilEntries& entries, const float
 }
 
 void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
-                        const ImageView& target, const Unit& unit, Rows rows, float* sums) {
+                        const ImageView& target, int64_t index, Rows rows, float* sums) {
   const int64_t width = plan.tile * plan.vector;
-  const auto* slab = static_cast<const float*>(source.data) + unit.first_image * source.image_stride;
-  const auto* factors =
-      static_cast<const float*>(target.data) + unit.first_image * target.image_stride + rows.first * plan.plane;
+  const Unit unit = unit_of(s, plan, index);
+  const ImageView factors = from_channel(target, rows.first);
   for (int64_t position = 0; position < unit.rows; position += width) {
-    const int64_t start = tile_start(plan, unit, s, position);
-    const int64_t repeated = unit.first_row + position - start;
-    if (repeated == 0) {
-      correlate_tile(plan, entries, slab + start, factors + start, plan.plane, plan.tile, rows, sums);
+    const TileInPlace tile = tile_in_place(s, plan, unit, position);
+    const std::optional<TileInPlace> after = tile_after(s, plan, index, position);
+    const auto* slab = tile.in<const float>(source);
+    const auto* own = tile.in<const float>(factors);
+    const Next next = planes_of(after, s, plan, source);
+    const float* next_own = after.has_value() ? after->in<const float>(factors) : nullptr;
+    if (tile.repeated == 0) {
+      correlate_tile(plan, entries, slab, own, next, next_own, plan.plane, plan.tile, rows, sums);
       continue;
     }
     const ScratchScope scratch;
     float* rest = take_floats(scratch, rows.count * width);  // without what the tile before has counted
     for (int64_t row = 0; row < rows.count; ++row) {
-      std::fill_n(rest + row * width, repeated, 0.0f);
-      std::copy_n(factors + row * plan.plane + start + repeated, width - repeated, rest + row * width + repeated);
+      std::fill_n(rest + row * width, tile.repeated, 0.0f);
+      std::copy_n(own + row * plan.plane + tile.repeated, width - tile.repeated, rest + row * width + tile.repeated);
     }
-    correlate_tile(plan, entries, slab + start, rest, width, plan.tile, rows, sums);
+    correlate_tile(plan, entries, slab, rest, next, next_own, width, plan.tile, rows, sums);
   }
 }
 
 void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
-                      const ImageView& target, const Unit& unit, Rows rows, float* sums) {
+                      const ImageView& target, int64_t index, Rows rows, float* sums) {
   const int64_t width = plan.tile * plan.vector;
+  const Unit unit = unit_of(s, plan, index);
   const int64_t plane = (ceil_div(plan.positions() + width, kLine) | 1) * kLine;
   const ScratchScope scratch;
   float* slab = take_floats(scratch, s.channels * s.phases() * plan.plane);
@@ -264,7 +304,7 @@ void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& 
   pack_source(s, plan, unit, source, slab);
   pack(target_runs(s, plan, unit, {0, 0}, plane, target), from_channel(target, rows.first), rows.count, plane, factors);
   for (int64_t position = 0; position < unit.positions; position += width) {
-    correlate_tile(plan, entries, slab + position, factors + position, plane, vectors_left(plan, unit, position), rows,
+    correlate_tile(plan, entries, slab + position, factors + position, Next{}, nullptr, plane, vectors_left(plan, unit, position), rows,
                    sums);
   }
 }
@@ -286,8 +326,7 @@ void correlate_stencil(const Stencil& s, const Plan& plan, const StencilEntries&
     const Rows rows = rows_of_part(s, splits, task % splits);
     if (rows.count <= 0) return;
     for (int64_t u = plan.units() * part / parts; u < plan.units() * (part + 1) / parts; ++u) {
-      const Unit unit = unit_of(s, plan, u);
-      (plan.in_place ? correlate_in_place : correlate_packed)(s, plan, entries, source, target, unit, rows,
+      (plan.in_place ? correlate_in_place : correlate_packed)(s, plan, entries, source, target, u, rows,
                                                               sums + part * count);
     }
   });

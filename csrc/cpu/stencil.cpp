@@ -49,8 +49,6 @@ namespace {
 constexpr int64_t kSlabBytes = int64_t{1} << 19;    // a packed band, half of a second-level cache
 constexpr int64_t kBlockBytes = int64_t{24} << 10;  // of a first-level cache of 32 KiB
 constexpr int64_t kRowProducts = 96;                // vectors that a row multiplies in a block
-constexpr int64_t kAheadTiles = 4;                  // of a plane, from which on the next tile is fetched ahead
-constexpr int64_t kAheadEntries = 16;               // of a source plane, up to which it is
 constexpr int64_t kBandTiles = 4;                   // that a thread takes at once, in place
 
 int64_t vector_floats() { return isa() == Isa::kAvx512 ? 16 : isa() == Isa::kAvx2 ? 8 : 4; }
@@ -96,11 +94,6 @@ Plan plan_in_place(const Stencil& s, int64_t entries) {
   plan.band = std::min(s.grid.h, kBandTiles * plan.tile * plan.vector);
   plan.bands = ceil_div(s.grid.h, plan.band);
   choose_blocks(s, entries, plan.tile * plan.vector, plan);
-  // A tile reads half a kilobyte of each of some hundred planes, in which the processor sees no streams. Fetching the
-  // next tile meanwhile took 0.6 of the time for 256 -> 64 channels at 56 x 56, batch 32, 95 % sparse; with many
-  // entries to a plane the products take longer than the memory, and the fetches are in their way.
-  const bool waits = plan.band > plan.tile * plan.vector * (kAheadTiles - 1) && entries <= kAheadEntries * s.channels;
-  plan.ahead = waits ? plan.tile * plan.vector : 0;
   return plan;
 }
 

@@ -77,7 +77,6 @@ struct Plan {
   int64_t block;         // channels whose part of a tile stays in the first-level cache
   int64_t blocks;        // to cover the channels
   int64_t vector;        // floats
-  int64_t ahead;         // floats from what is summed to what is fetched meanwhile; 0: nothing is
   int64_t positions() const { return band * row * lanes; }
   int64_t tiles(int64_t count) const { return (count + tile * vector - 1) / (tile * vector); }
   int64_t units() const { return image_groups * bands; }

@@ -59,8 +59,29 @@ void finish_row(const Floats (&sum)[kTile], const DirectTarget& direct, int64_t 
 template <int kTile>
 void prefetch_tile(const float* source) {
   constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
-  for (int t = 0; t < kTile; ++t) __builtin_prefetch(source + t * kLanes, 0, kSecondLevel);
+  constexpr int kFloats = kTile * kLanes;
+  for (int i = 0; i < kFloats; i += kLine) __builtin_prefetch(source + i, 0, kSecondLevel);
+  __builtin_prefetch(source + kFloats - 1, 0, kSecondLevel);  // a tile rarely begins at a line
 }
+
+// Fetches the next tile's planes, evenly over the rows of this one.
+template <int kTile>
+class Prefetch {
+ public:
+  Prefetch(const Next& next, int64_t rows) : next_(next), rows_(rows) {}
+
+  void with_row() {
+    for (due_ += next_.planes; due_ >= rows_; due_ -= rows_) {
+      prefetch_tile<kTile>(next_.source);
+      next_.source += next_.plane;
+    }
+  }
+
+ private:
+  Next next_;
+  int64_t rows_;
+  int64_t due_ = 0;  // planes times rows
+};
 
 // The target's lines of a row, while the row before is computed: a store of part of a line waits for all of it.
 inline void fetch_target(const DirectTarget& direct, int64_t row) {
@@ -90,8 +111,10 @@ template <int kTile>
 void sum_tile(const SumTile& task) {
   const BlockEntries entries(task.entries, task.block);
   const bool finishes = task.direct.target != nullptr && task.block + 1 == task.blocks;
+  Prefetch<kTile> next(task.next, task.last_row - task.first_row);
   float* sums = task.sums;
   for (int64_t row = task.first_row; row < task.last_row; ++row, sums += kTile * kLanes) {
+    next.with_row();
     const int64_t count = entries.count(row);
     if (task.block > 0 && count == 0 && !finishes) continue;
     if (finishes && !task.direct.streams && row + 1 < task.last_row) fetch_target(task.direct, row + 1);
@@ -107,7 +130,6 @@ void sum_tile(const SumTile& task) {
     for (int64_t e = 0; e < count; ++e) {
       const float* source = task.slab + offset[e];
       const Floats weight = broadcast(value[e]);
-      if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
       for (int t = 0; t < kTile; ++t) sum[t] = fma(weight, load(source + t * kLanes), sum[t]);
     }
     if (finishes) {
@@ -124,18 +146,19 @@ void correlate_tile(const CorrelateTile& task) {
   const BlockEntries entries(task.entries, task.block);
   const auto product = [&](const Floats* factor, int32_t offset) {
     const float* source = task.slab + offset;
-    if (task.ahead != 0) prefetch_tile<kTile>(source + task.ahead);
     Floats sum = factor[0] * load(source);
     for (int t = 1; t < kTile; ++t) sum = fma(factor[t], load(source + t * kLanes), sum);
     return sum;
   };
+  Prefetch<kTile> next(task.next, task.last_row - task.first_row);
   for (int64_t row = task.first_row; row < task.last_row; ++row) {
+    next.with_row();
     const int64_t count = entries.count(row);
     if (count == 0) continue;
     const int32_t* offset = entries.offset + entries.begin[row];
     float* gradients = task.gradient + entries.first[row];
     const float* target = task.target + (row - task.first_row) * task.plane;
-    if (task.ahead != 0) prefetch_tile<kTile>(target + task.ahead);
+    if (task.next_target != nullptr) prefetch_tile<kTile>(task.next_target + (row - task.first_row) * task.plane);
     Floats factor[kTile];
     for (int t = 0; t < kTile; ++t) factor[t] = load(target + t * kLanes);
     int64_t e = 0;

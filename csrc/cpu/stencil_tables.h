@@ -35,13 +35,25 @@ struct DirectTarget {
   bool streams;  // past the caches
 };
 
+// The source of the tile after this one: a tile's worth of each of `planes` planes, fetched while this one is computed, a
+// few planes with each row. No planes: nothing is fetched.
+//
+// Rows read half a kilobyte here and there of some hundred planes, in which the processor sees no streams. Fetching the
+// planes in their order takes 0.75 of the time without for 1024 -> 256 channels at 14 x 14, batch 32, 98 % sparse, and
+// 0.88 to 0.92 of the time of fetching with each entry what lies a tile ahead of it, the same lines many times over.
+struct Next {
+  const float* source;
+  int64_t plane;  // floats from one to the next
+  int64_t planes;
+};
+
 // sums[row - first_row] (tile vectors) += the entries of one block of channels times the slab, for rows
 // [first_row, last_row). The first block starts from bias[row / rows_per_bias], or 0 where bias is null; the last one
 // goes on to the direct target, if there is one.
 struct SumTile {
   StencilEntries entries;
   const float* slab;  // at the tile's first position
-  int64_t ahead;      // as in Plan
+  Next next;
   int64_t block;
   int64_t blocks;
   int64_t first_row;
@@ -58,8 +70,9 @@ struct CorrelateTile {
   StencilEntries entries;
   const float* slab;    // at the tile's first position
   const float* target;  // there as well
-  int64_t ahead;        // as in Plan
-  int64_t plane;        // floats from one row of target to the next
+  Next next;
+  const float* next_target;  // of the tile that `next` is of
+  int64_t plane;             // floats from one row of target to the next
   int64_t block;
   int64_t first_row;
   int64_t last_row;
