@@ -6,9 +6,10 @@
             + its products, at the kernel's rate where all lies in the first-level cache
 
 The first part packs inputs, writes outputs and gradients, compares the mask and passes through
-Python. The third are the index, and the inputs of pointwise layers, which are read in place by the
-active weights alone. What a measured layer takes beyond its account are cache misses between the
-parts, and the way of weights and their gradients into the order of an index and back.
+Python. The third are the index, and inputs that are read where they are, by the active weights
+alone: those of pointwise layers, and of others that are sparse enough. What a measured layer takes
+beyond its account are cache misses between the parts, and the way of weights and their gradients
+into the order of an index and back.
 
 A network's training step has an account too: the step without an active weight, and the products.
 """
@@ -25,14 +26,15 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cpu.layers import WITHOUT_WEIGHTS, Shape
+from bench.cpu.layers import PACKED_WITHOUT_WEIGHTS, WITHOUT_WEIGHTS, Shape
 from bench.cpu.networks import TRAINING_STEP, Network, products
 from bench.cpu.race import Comparison, Race
 from bench.cpu.rows import Row
 from bench.cpu.shapes import ConvShape
 from bench.cpu.targets import DENSE
 from granet_kernels import MaskedConv2d, MaskedLinear
-from granet_kernels.backends.cpp.index import LONGEST_TILE, gather
+from granet_kernels.backends.cpp.conv import conv_shape
+from granet_kernels.backends.cpp.index import gather, reads_in_place
 
 PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 3}
 FLOAT = 4  # bytes
@@ -59,10 +61,10 @@ def account_ms(
     pixels = shape.batch
     if isinstance(shape, ConvShape):
         pixels *= ((shape.side - 1) // shape.stride + 1) ** 2
-    active = weights * (1 - sparsity)
+    active = _active(shape, sparsity)
     read = ENTRY * active * PASSES[measure]
     fetched = fetching_ms(weights, sparsity, rates.threads)  # forward; backward has them
-    if _is_in_place(shape):
+    if _is_in_place(shape, active):
         inputs, outputs = pixels * shape.weight[1], pixels * shape.weight[0]
         # Backward the gradient of the output for both gradients, and the input.
         read += FLOAT * (inputs if measure == "forward" else 2 * inputs + 2 * outputs)
@@ -70,19 +72,31 @@ def account_ms(
     return without_weights_ms + fetched + read / rates.bytes_a_ms + products / rates.products_a_ms
 
 
-def _is_in_place(shape: Shape) -> bool:
-    return (
-        isinstance(shape, ConvShape)
-        and shape.kernel == shape.stride == 1
-        and shape.side**2 >= LONGEST_TILE
+def _active(shape: Shape, sparsity: float) -> float:
+    return math.prod(shape.weight) * (1 - sparsity)
+
+
+def _is_in_place(shape: Shape, active: float) -> bool:
+    """Whether a layer of so many active weights reads its input where it is, in contiguous format."""
+    if not isinstance(shape, ConvShape):
+        return False
+    call = conv_shape(
+        torch.empty(shape.input, device="meta"),
+        shape.weight,
+        *((number, number) for number in (shape.stride, shape.padding, 1)),
+        groups=1,
     )
+    return reads_in_place(call, int(active), "forward")
 
 
 def rows_of(
     race: Race, group: str, shape: Shape, measure: str, threads: int, sparsity: float
 ) -> list[Row]:
     """Dense over the account of ours; no row where one of them failed."""
-    found = race.compare(DENSE, WITHOUT_WEIGHTS, measure)
+    idle = WITHOUT_WEIGHTS
+    if race.has(PACKED_WITHOUT_WEIGHTS) and not _is_in_place(shape, _active(shape, sparsity)):
+        idle = PACKED_WITHOUT_WEIGHTS
+    found = race.compare(DENSE, idle, measure)
     if found is None:
         return []
     measured = rates(threads, None if isinstance(shape, ConvShape) else shape.batch)

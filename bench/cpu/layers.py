@@ -6,10 +6,12 @@ and all go through autograd: `backward` gives the gradients of input and weight.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ from bench.cpu.race import Contender, Run, Seconds, whole
 from bench.cpu.shapes import ConvShape, LinearShape
 from bench.cpu.targets import DENSE, SPARSEPROP
 from granet_kernels import MaskedConv2d, MaskedLinear
+from granet_kernels.backends.cpp import conv as cpp_conv
 
 OURS = "ours"
 WITHOUT_WEIGHTS = "ours without an active weight"
+PACKED_WITHOUT_WEIGHTS = f"{WITHOUT_WEIGHTS}, packed"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Of the largest element: sums of a few thousand fp32 products, in different orders.
 AGREEMENT = 1e-3
@@ -82,7 +86,9 @@ def role(name: str, sparsity: float) -> str:
 def training(data: Data, sparsities: Sequence[float]) -> list[Contender]:
     """Everyone, forward and forward+backward: dense once, the others at each sparsity; ours at 100 % too."""
     contenders = [_trained(data, DENSE, v, _dense_layer, None) for v in data.laid_out]
-    contenders += [_trained(data, WITHOUT_WEIGHTS, v, _masked_layer, 1.0) for v in data.laid_out]
+    for variant in data.laid_out:
+        idle = _trained(data, WITHOUT_WEIGHTS, variant, _masked_layer, 1.0)
+        contenders += [idle, _packing(idle)] if _may_pack(data.shape) else [idle]
     for sparsity in sparsities:
         contenders += [
             _trained(data, role(OURS, sparsity), v, _masked_layer, sparsity) for v in data.laid_out
@@ -178,6 +184,23 @@ def _trained(
         return run
 
     return Contender(role=name, variant=variant, build=build)
+
+
+def _may_pack(shape: Shape) -> bool:
+    """Whether it depends on the sparsity if a layer packs its input: see `reads_in_place`."""
+    return isinstance(shape, ConvShape) and shape.kernel > 1
+
+
+def _packing(contender: Contender) -> Contender:
+    """The same, but a layer that would read its input where it is packs it, as denser ones do."""
+
+    def build() -> Run:
+        with mock.patch.object(cpp_conv, "reads_in_place", return_value=False):
+            run = contender.build()
+            run()  # how a layer is called is remembered from its first call on
+        return run
+
+    return dataclasses.replace(contender, role=PACKED_WITHOUT_WEIGHTS, build=build)
 
 
 def _inferred(

@@ -7,13 +7,16 @@
 #include "common/bits.h"
 #include "common/isa.h"
 #include "cpu/scratch.h"
+#include "cpu/shifts.h"
 
 namespace granet::cpu {
 
 namespace {
 
-const StencilKernels& kernels() {
-  return *GRANET_FOR_ISA(&stencil_kernels_portable, &stencil_kernels_avx2, &stencil_kernels_avx512);
+const TileKernels& kernels(const Plan& plan) {
+  const StencilKernels& all =
+      *GRANET_FOR_ISA(&stencil_kernels_portable, &stencil_kernels_avx2, &stencil_kernels_avx512);
+  return plan.shifted ? all.shifted : all.slab;
 }
 
 float* take_floats(const ScratchScope& scratch, int64_t count) {
@@ -29,7 +32,8 @@ struct Unit {  // of work: a band of a group of images
 
 Unit unit_of(const Stencil& s, const Plan& plan, int64_t index) {
   const int64_t first_row = index % plan.bands * plan.band;
-  const int64_t rows = std::min(plan.band, s.grid.h - first_row);
+  const int64_t grid_rows = plan.in_place ? s.grid.h * s.grid.w : s.grid.h;
+  const int64_t rows = std::min(plan.band, grid_rows - first_row);
   return {index / plan.bands * plan.lanes, first_row, rows, rows * plan.row * plan.lanes};
 }
 
@@ -135,21 +139,22 @@ Next share_of(const Next& next, const Plan& plan, int64_t block) {
 }
 
 // All blocks of one tile. Without a direct target the sums are left in `sums`, row by row.
-void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const Next& next, int64_t vectors,
-              int64_t first_row, int64_t last_row, const float* bias, int64_t rows_per_bias, const DirectTarget& direct,
-              float* sums) {
+void sum_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const Shift* shifts, const Next& next,
+              int64_t vectors, int64_t first_row, int64_t last_row, const float* bias, int64_t rows_per_bias,
+              const DirectTarget& direct, float* sums) {
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    kernels().sum_tile[vectors]({.entries = entries,
-                                 .slab = slab,
-                                 .next = share_of(next, plan, block),
-                                 .block = block,
-                                 .blocks = plan.blocks,
-                                 .first_row = first_row,
-                                 .last_row = last_row,
-                                 .bias = bias,
-                                 .rows_per_bias = rows_per_bias,
-                                 .sums = sums,
-                                 .direct = direct});
+    kernels(plan).sum_tile[vectors]({.entries = entries,
+                                     .slab = slab,
+                                     .shifts = shifts,
+                                     .next = share_of(next, plan, block),
+                                     .block = block,
+                                     .blocks = plan.blocks,
+                                     .first_row = first_row,
+                                     .last_row = last_row,
+                                     .bias = bias,
+                                     .rows_per_bias = rows_per_bias,
+                                     .sums = sums,
+                                     .direct = direct});
   }
 }
 
@@ -168,7 +173,7 @@ struct TileInPlace {
 
 TileInPlace tile_in_place(const Stencil& s, const Plan& plan, const Unit& unit, int64_t position) {
   const int64_t wanted = unit.first_row + position;
-  const int64_t start = std::min(wanted, s.grid.h - plan.tile * plan.vector);
+  const int64_t start = std::min(wanted, plan.plane - plan.tile * plan.vector);
   return {unit.first_image, start, wanted - start};
 }
 
@@ -182,7 +187,9 @@ std::optional<TileInPlace> tile_after(const Stencil& s, const Plan& plan, int64_
 
 Next planes_of(const std::optional<TileInPlace>& tile, const Stencil& s, const Plan& plan, const ImageView& source) {
   if (!tile.has_value()) return {};
-  return {tile->in<const float>(source), plan.plane, s.channels};
+  const Pair last = {s.first.h + (s.filter.h - 1) * s.step.h, s.first.w + (s.filter.w - 1) * s.step.w};
+  const int64_t farthest = std::max(s.first.h, last.h) * s.grid.w + std::max(s.first.w, last.w);
+  return {tile->in<const float>(source) + farthest, plan.plane, s.channels};  // what is before it has been read
 }
 
 void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
@@ -191,12 +198,14 @@ void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entr
   const Unit unit = unit_of(s, plan, index);
   const ScratchScope scratch;
   float* sums = take_floats(scratch, rows.count * width);
+  Shifts shifts(s, plan);
   std::vector<Segment> segments(1);
   for (int64_t position = 0; position < unit.rows; position += width) {
     const TileInPlace tile = tile_in_place(s, plan, unit, position);
     const int64_t first = tile.image * target.image_stride + tile.start + tile.repeated;
     segments[0] = {tile.repeated, width - tile.repeated, first};  // what is repeated may be another thread's
-    sum_tile(plan, entries, tile.in<const float>(source),
+    shifts.find(tile.start);
+    sum_tile(plan, entries, tile.in<const float>(source), shifts.data(),
              planes_of(tile_after(s, plan, index, position), s, plan, source), plan.tile, rows.first,
              rows.first + rows.count, bias, 1, direct_target(s, target, finish, segments), sums);
   }
@@ -221,8 +230,9 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
     const int64_t vectors = vectors_left(plan, unit, position);
     const int64_t count = vectors * plan.vector;
     if (direct) find_segments(runs[0], position, count, segments);
-    sum_tile(plan, entries, slab + position, Next{}, vectors, rows.first * phases, (rows.first + rows.count) * phases, bias,
-             phases, direct ? direct_target(s, target, finish, segments) : DirectTarget{}, sums);
+    sum_tile(plan, entries, slab + position, nullptr, Next{}, vectors, rows.first * phases,
+             (rows.first + rows.count) * phases, bias, phases,
+             direct ? direct_target(s, target, finish, segments) : DirectTarget{}, sums);
     for (int64_t p = 0; p < phases && !direct; ++p) {
       unpack(runs[static_cast<size_t>(p)], target, finish, sums + p * count, phases * count, position, count,
              rows.first, rows.count);
@@ -250,20 +260,21 @@ ImageView from_channel(ImageView view, int64_t channel) {
   return view;
 }
 
-void correlate_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const float* factors,
-                    const Next& next, const float* next_target, int64_t plane, int64_t vectors, Rows rows,
-                    float* sums) {
+void correlate_tile(const Plan& plan, const StencilEntries& entries, const float* slab, const Shift* shifts,
+                    const float* factors, const Next& next, const float* next_target, int64_t plane, int64_t vectors,
+                    Rows rows, float* sums) {
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    kernels().correlate_tile[vectors]({.entries = entries,
-                                       .slab = slab,
-                                       .target = factors,
-                                       .next = share_of(next, plan, block),
-                                       .next_target = block + 1 == plan.blocks ? next_target : nullptr,
-                                       .plane = plane,
-                                       .block = block,
-                                       .first_row = rows.first,
-                                       .last_row = rows.first + rows.count,
-                                       .gradient = sums});
+    kernels(plan).correlate_tile[vectors]({.entries = entries,
+                                           .slab = slab,
+                                           .target = factors,
+                                           .shifts = shifts,
+                                           .next = share_of(next, plan, block),
+                                           .next_target = block + 1 == plan.blocks ? next_target : nullptr,
+                                           .plane = plane,
+                                           .block = block,
+                                           .first_row = rows.first,
+                                           .last_row = rows.first + rows.count,
+                                           .gradient = sums});
   }
 }
 
@@ -272,15 +283,17 @@ void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries
   const int64_t width = plan.tile * plan.vector;
   const Unit unit = unit_of(s, plan, index);
   const ImageView factors = from_channel(target, rows.first);
+  Shifts shifts(s, plan);
   for (int64_t position = 0; position < unit.rows; position += width) {
     const TileInPlace tile = tile_in_place(s, plan, unit, position);
     const std::optional<TileInPlace> after = tile_after(s, plan, index, position);
     const auto* slab = tile.in<const float>(source);
     const auto* own = tile.in<const float>(factors);
     const Next next = planes_of(after, s, plan, source);
+    shifts.find(tile.start);
     const float* next_own = after.has_value() ? after->in<const float>(factors) : nullptr;
     if (tile.repeated == 0) {
-      correlate_tile(plan, entries, slab, own, next, next_own, plan.plane, plan.tile, rows, sums);
+      correlate_tile(plan, entries, slab, shifts.data(), own, next, next_own, plan.plane, plan.tile, rows, sums);
       continue;
     }
     const ScratchScope scratch;
@@ -289,7 +302,7 @@ void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries
       std::fill_n(rest + row * width, tile.repeated, 0.0f);
       std::copy_n(own + row * plan.plane + tile.repeated, width - tile.repeated, rest + row * width + tile.repeated);
     }
-    correlate_tile(plan, entries, slab, rest, next, next_own, width, plan.tile, rows, sums);
+    correlate_tile(plan, entries, slab, shifts.data(), rest, next, next_own, width, plan.tile, rows, sums);
   }
 }
 
@@ -304,8 +317,8 @@ void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& 
   pack_source(s, plan, unit, source, slab);
   pack(target_runs(s, plan, unit, {0, 0}, plane, target), from_channel(target, rows.first), rows.count, plane, factors);
   for (int64_t position = 0; position < unit.positions; position += width) {
-    correlate_tile(plan, entries, slab + position, factors + position, Next{}, nullptr, plane, vectors_left(plan, unit, position), rows,
-                   sums);
+    correlate_tile(plan, entries, slab + position, nullptr, factors + position, Next{}, nullptr, plane,
+                   vectors_left(plan, unit, position), rows, sums);
   }
 }
 

@@ -55,10 +55,21 @@ struct Stencil {
   int64_t targets;   // target planes
   Pair target;       // their height and width
   Pair spread;       // grid position (q, r) of phase (a, b) is target pixel (q * spread.h + a, r * spread.w + b)
+  Pair filter;       // its height and width
+  Pair first;        // without strides, element (i, j) of a filter looks (first.h + i * step.h, first.w + j * step.w)
+  Pair step;         // away from the target pixel
 
   int64_t phases() const { return split.h * split.w; }
   int64_t rows() const { return targets * spread.h * spread.w; }
 };
+
+// Whether a stencil can read its source where it is, not packed, if its planes and the target's are contiguous: output
+// and input have the same pixels, of which there are enough for a tile. One that looks at several pixels can where
+// loads have masks, by which what lies beyond the sides of the image is zero.
+bool can_read_in_place(const ConvShape& shape);
+
+// Whether that is faster than packing, with so many active weights and planes that they read.
+bool is_faster_in_place(const ConvShape& shape, int64_t planes, int64_t entries);
 
 Stencil forward_stencil(const ConvShape& shape);
 Stencil input_gradient_stencil(const ConvShape& shape);
@@ -66,7 +77,8 @@ Stencil input_gradient_stencil(const ConvShape& shape);
 // How a stencil is cut up: for the caches, for vectors, for threads. It depends on the shapes, on the width of a vector
 // and on the number of entries, never on the number of threads.
 struct Plan {
-  bool in_place;         // the source is read where it is, not packed: one column, and planes without gaps
+  bool in_place;         // the source is read where it is, not packed: positions are pixels
+  bool shifted;          // in place, and looking at more than one pixel
   int64_t lanes;         // images that are interleaved: position = (q * row + r) * lanes + image
   int64_t image_groups;  // of `lanes` images
   int64_t row;           // grid columns from one row to the next, padding included
@@ -82,7 +94,7 @@ struct Plan {
   int64_t units() const { return image_groups * bands; }
 };
 
-// `entries` active weights. In place: a stencil of one column whose source and target planes are contiguous.
+// `entries` active weights.
 Plan plan_for(const Stencil& stencil, int64_t entries, bool in_place);
 
 }  // namespace granet::cpu

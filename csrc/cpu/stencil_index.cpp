@@ -6,9 +6,15 @@
 
 #include "common/bits.h"
 #include "cpu/active.h"
+#include "cpu/stencil_tables.h"
 
 namespace granet::cpu {
 namespace {
+
+// Of a source plane, as an entry has it.
+int64_t plane_offset(const Plan& plan, int64_t plane) {
+  return plan.shifted ? plane * plan.plane << kShiftBits : plane * plan.plane;
+}
 
 // Where one element of a filter leads, whichever filter it is of: the filter's own part is added.
 struct Step {
@@ -41,11 +47,12 @@ class Steps {
   int64_t shift(int64_t h, int64_t w) const { return (h * plan_.row + w) * plan_.lanes; }
 
   Step forward(int64_t channel, int64_t kh, int64_t kw) const {
+    if (plan_.shifted) return {channel, 0, plane_offset(plan_, channel) + kh * shape_.kernel.w + kw};
     const int64_t y = kh * shape_.dilation.h;
     const int64_t x = kw * shape_.dilation.w;
     const int64_t phase = y % shape_.stride.h * shape_.stride.w + x % shape_.stride.w;
     const int64_t plane = channel * shape_.stride.h * shape_.stride.w + phase;
-    return {channel, 0, plane * plan_.plane + shift(y / shape_.stride.h, x / shape_.stride.w)};
+    return {channel, 0, plane_offset(plan_, plane) + shift(y / shape_.stride.h, x / shape_.stride.w)};
   }
 
   // Input pixel stride * q + a, with padding a + padding - dilation * k a multiple of the stride, takes output pixel
@@ -55,6 +62,7 @@ class Steps {
       const int64_t remainder = (dilation * k - padding) % stride;
       return remainder < 0 ? remainder + stride : remainder;
     };
+    if (plan_.shifted) return {0, channel, kh * shape_.kernel.w + kw};
     const int64_t a = phase_of(kh, shape_.dilation.h, shape_.stride.h, shape_.padding.h);
     const int64_t b = phase_of(kw, shape_.dilation.w, shape_.stride.w, shape_.padding.w);
     const int64_t up = floor_div(a + shape_.padding.h - shape_.dilation.h * kh, shape_.stride.h) + gradient_before_.h;
@@ -96,9 +104,9 @@ class Entries {
     const int64_t first_channel = filter / (shape_.out_channels / shape_.groups) * shape_.group_channels();
     const int64_t phases = shape_.stride.h * shape_.stride.w;
     if (forward_) {
-      return {filter, first_channel + step.channel, first_channel * phases * plan_.plane + step.offset};
+      return {filter, first_channel + step.channel, plane_offset(plan_, first_channel * phases) + step.offset};
     }
-    return {first_channel * phases + step.row, filter, filter * plan_.plane + step.offset};
+    return {first_channel * phases + step.row, filter, plane_offset(plan_, filter) + step.offset};
   }
 
  private:
@@ -154,7 +162,7 @@ void fill_entries(const uint8_t* mask, const ConvShape& shape, WeightOrder order
 }
 
 bool offsets_fit(const Stencil& stencil, const Plan& plan) {
-  return stencil.channels * stencil.phases() * plan.plane <= std::numeric_limits<int32_t>::max();
+  return plane_offset(plan, stencil.channels * stencil.phases()) <= std::numeric_limits<int32_t>::max();
 }
 
 }  // namespace granet::cpu

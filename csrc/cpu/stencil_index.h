@@ -16,7 +16,7 @@ enum class WeightOrder { kContiguous, kChannelsLast };
 // [begin[b * rows + r], begin[b * rows + r + 1]).
 struct StencilIndex {
   int64_t* begin;   // blocks * rows + 1
-  int32_t* offset;  // where its slab plane and shift lie
+  int32_t* offset;  // where its slab plane and shift lie; in a plan that is `shifted`, plane << kShiftBits | shift
   int32_t* rank;    // which of the active weights it is, in storage order; null where entries are in runs
   int64_t* first;   // blocks * rows: the rank of the first one, where entries are in runs; else null
 };

@@ -107,7 +107,31 @@ struct BlockEntries {
   const int32_t* offset;
 };
 
-template <int kTile>
+// What an entry of a plan that is not `shifted` looks at: a tile of the slab.
+class SlabTile {
+ public:
+  SlabTile(const float* slab, const Shift* /*shifts*/, int32_t offset) : source_(slab + offset) {}
+  Floats operator[](int t) const { return load(source_ + t * kLanes); }
+
+ private:
+  const float* source_;
+};
+
+#if GRANET_AVX512
+// And one that is: a tile of an image, shifted, with zeros for what lies beyond its sides.
+class ShiftedTile {
+ public:
+  ShiftedTile(const float* slab, const Shift* shifts, int32_t offset)
+      : shift_(shifts[offset & (kMostShifts - 1)]), source_(slab + (offset >> kShiftBits) + shift_.offset) {}
+  Floats operator[](int t) const { return Floats(_mm512_maskz_loadu_ps(shift_.inside[t], source_ + t * kLanes)); }
+
+ private:
+  const Shift& shift_;
+  const float* source_;
+};
+#endif
+
+template <int kTile, typename Tile>
 void sum_tile(const SumTile& task) {
   const BlockEntries entries(task.entries, task.block);
   const bool finishes = task.direct.target != nullptr && task.block + 1 == task.blocks;
@@ -118,7 +142,7 @@ void sum_tile(const SumTile& task) {
     const int64_t count = entries.count(row);
     if (task.block > 0 && count == 0 && !finishes) continue;
     if (finishes && !task.direct.streams && row + 1 < task.last_row) fetch_target(task.direct, row + 1);
-    Floats sum[kTile];
+    Floats sum[kTile];  // handed on by address below, so not what is added to: that would be stored for every entry
     if (task.block > 0) {
       for (int t = 0; t < kTile; ++t) sum[t] = load(sums + t * kLanes);
     } else {
@@ -127,11 +151,14 @@ void sum_tile(const SumTile& task) {
     }
     const int32_t* offset = entries.offset + entries.begin[row];
     const float* value = task.entries.value + entries.first[row];
+    Floats running[kTile];
+    for (int t = 0; t < kTile; ++t) running[t] = sum[t];
     for (int64_t e = 0; e < count; ++e) {
-      const float* source = task.slab + offset[e];
+      const Tile source(task.slab, task.shifts, offset[e]);
       const Floats weight = broadcast(value[e]);
-      for (int t = 0; t < kTile; ++t) sum[t] = fma(weight, load(source + t * kLanes), sum[t]);
+      for (int t = 0; t < kTile; ++t) running[t] = fma(weight, source[t], running[t]);
     }
+    for (int t = 0; t < kTile; ++t) sum[t] = running[t];
     if (finishes) {
       finish_row<kTile>(sum, task.direct, row);
     } else {
@@ -141,13 +168,13 @@ void sum_tile(const SumTile& task) {
   if (finishes && task.direct.streams) drain();
 }
 
-template <int kTile>
+template <int kTile, typename Tile>
 void correlate_tile(const CorrelateTile& task) {
   const BlockEntries entries(task.entries, task.block);
   const auto product = [&](const Floats* factor, int32_t offset) {
-    const float* source = task.slab + offset;
-    Floats sum = factor[0] * load(source);
-    for (int t = 1; t < kTile; ++t) sum = fma(factor[t], load(source + t * kLanes), sum);
+    const Tile source(task.slab, task.shifts, offset);
+    Floats sum = factor[0] * source[0];
+    for (int t = 1; t < kTile; ++t) sum = fma(factor[t], source[t], sum);
     return sum;
   };
   Prefetch<kTile> next(task.next, task.last_row - task.first_row);
@@ -174,9 +201,17 @@ void correlate_tile(const CorrelateTile& task) {
   }
 }
 
-constexpr StencilKernels kStencilKernels = {
-    {nullptr, sum_tile<1>, sum_tile<2>, sum_tile<3>, sum_tile<4>, sum_tile<5>, sum_tile<6>, sum_tile<7>, sum_tile<8>},
-    {nullptr, correlate_tile<1>, correlate_tile<2>, correlate_tile<3>, correlate_tile<4>, correlate_tile<5>,
-     correlate_tile<6>, correlate_tile<7>, correlate_tile<8>}};
+template <typename Tile>
+constexpr TileKernels kTileKernels = {
+    {nullptr, sum_tile<1, Tile>, sum_tile<2, Tile>, sum_tile<3, Tile>, sum_tile<4, Tile>, sum_tile<5, Tile>,
+     sum_tile<6, Tile>, sum_tile<7, Tile>, sum_tile<8, Tile>},
+    {nullptr, correlate_tile<1, Tile>, correlate_tile<2, Tile>, correlate_tile<3, Tile>, correlate_tile<4, Tile>,
+     correlate_tile<5, Tile>, correlate_tile<6, Tile>, correlate_tile<7, Tile>, correlate_tile<8, Tile>}};
+
+#if GRANET_AVX512
+constexpr StencilKernels kStencilKernels = {kTileKernels<SlabTile>, kTileKernels<ShiftedTile>};
+#else
+constexpr StencilKernels kStencilKernels = {kTileKernels<SlabTile>, {}};
+#endif
 
 }  // namespace granet::cpu::GRANET_ISA

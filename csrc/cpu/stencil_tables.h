@@ -5,8 +5,18 @@
 
 namespace granet::cpu {
 
-constexpr int64_t kLine = 16;        // floats in a cache line
+constexpr int64_t kLine = 16;  // floats in a cache line
+constexpr int64_t kWidestVector = 16;
 constexpr int64_t kMostVectors = 8;  // of a tile: with the weight and an address, what AVX2's 16 registers hold
+
+constexpr int64_t kShiftBits = 6;  // of an entry of a plan that is `shifted`: which element of the filter it is
+constexpr int64_t kMostShifts = int64_t{1} << kShiftBits;
+
+// How an element of a filter looks at the pixels of a tile, where sources are read in place.
+struct Shift {
+  int32_t offset;                 // floats from a pixel to the one that it looks at
+  uint16_t inside[kMostVectors];  // of each vector, the lanes for which that one lies in the image
+};
 
 // As StencilIndex, with the values of the weights: entry by entry, or in storage order where entries are in runs.
 struct StencilEntries {
@@ -35,8 +45,8 @@ struct DirectTarget {
   bool streams;  // past the caches
 };
 
-// The source of the tile after this one: a tile's worth of each of `planes` planes, fetched while this one is computed, a
-// few planes with each row. No planes: nothing is fetched.
+// The source of the tile after this one: a tile's worth of each of `planes` planes, fetched while this one is computed,
+// a few planes with each row. No planes: nothing is fetched.
 //
 // Rows read half a kilobyte here and there of some hundred planes, in which the processor sees no streams. Fetching the
 // planes in their order takes 0.75 of the time without for 1024 -> 256 channels at 14 x 14, batch 32, 98 % sparse, and
@@ -52,7 +62,8 @@ struct Next {
 // goes on to the direct target, if there is one.
 struct SumTile {
   StencilEntries entries;
-  const float* slab;  // at the tile's first position
+  const float* slab;    // at the tile's first position
+  const Shift* shifts;  // of the tile, one for each element of the filter; null where the plan is not `shifted`
   Next next;
   int64_t block;
   int64_t blocks;
@@ -70,6 +81,7 @@ struct CorrelateTile {
   StencilEntries entries;
   const float* slab;    // at the tile's first position
   const float* target;  // there as well
+  const Shift* shifts;  // as above
   Next next;
   const float* next_target;  // of the tile that `next` is of
   int64_t plane;             // floats from one row of target to the next
@@ -80,9 +92,14 @@ struct CorrelateTile {
 };
 
 // Indexed by the number of vectors in a tile.
-struct StencilKernels {
+struct TileKernels {
   void (*sum_tile[kMostVectors + 1])(const SumTile&);
   void (*correlate_tile[kMostVectors + 1])(const CorrelateTile&);
+};
+
+struct StencilKernels {
+  TileKernels slab;
+  TileKernels shifted;  // for plans that are; null where loads have no masks
 };
 extern const StencilKernels stencil_kernels_portable;
 extern const StencilKernels stencil_kernels_avx2;

@@ -4,7 +4,6 @@
 // the shapes at hand. What is checked again here is what keeps a direct call from reading or writing out of bounds.
 #include <cstddef>
 #include <cstring>
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,52 +19,12 @@
 #include "cpu/conv.h"
 #include "cpu/stencil_index.h"
 #include "torch/checks.h"
+#include "torch/conv_work.h"
 #include "torch/large_pages.h"
 #include "torch/parallel.h"
 
 namespace granet {
 namespace {
-
-using cpu::ConvShape;
-using cpu::Direction;
-using cpu::ImageView;
-using cpu::Pair;
-using cpu::Plan;
-using cpu::Stencil;
-
-constexpr size_t kShapeNumbers = 14;
-
-ConvShape shape_of(const std::vector<int64_t>& n) {
-  STD_TORCH_CHECK(n.size() == kShapeNumbers, "shape: expected ", kShapeNumbers, " numbers, got ", n.size());
-  return {n[0], n[1], n[4], {n[2], n[3]}, {n[5], n[6]}, {n[7], n[8]}, {n[9], n[10]}, {n[11], n[12]}, n[13]};
-}
-
-// A convolution that looks at one pixel at a time sees one column of all pixels.
-bool is_pointwise(const ConvShape& s) {
-  return s.kernel.h == 1 && s.kernel.w == 1 && s.stride.h == 1 && s.stride.w == 1 && s.padding.h == 0 &&
-         s.padding.w == 0;
-}
-
-ConvShape flattened(const ConvShape& s, bool in_place) {
-  if (!is_pointwise(s)) return s;
-  ConvShape flat = s;
-  flat.batch = in_place ? s.batch : 1;
-  flat.input = {(in_place ? 1 : s.batch) * s.input.h * s.input.w, 1};
-  return flat;
-}
-
-struct Work {
-  ConvShape shape;
-  Stencil stencil;
-  Plan plan;
-};
-
-Work work_of(const ConvShape& shape, Direction direction, int64_t entries, bool in_place) {
-  const ConvShape flat = flattened(shape, in_place);
-  const Stencil stencil =
-      direction == Direction::kForward ? cpu::forward_stencil(flat) : cpu::input_gradient_stencil(flat);
-  return {flat, stencil, cpu::plan_for(stencil, entries, in_place)};
-}
 
 // Nanoseconds that one thread takes, about: the rates of backends/cpp/cost.py.
 double time_of(const ConvShape& shape, int64_t entries) {
@@ -77,21 +36,7 @@ double time_of(const ConvShape& shape, int64_t entries) {
   return products / 40 + elements * 0.36;
 }
 
-// A source may be read where it is if each of its planes is a run of floats at least as long as a tile.
-void check_in_place(const ConvShape& shape, bool in_place) {
-  constexpr int64_t kLongestTile = cpu::kMostVectors * 16;
-  STD_TORCH_CHECK(!in_place || (is_pointwise(shape) && shape.input.h * shape.input.w >= kLongestTile),
-                  "in_place: expected a pointwise convolution of ", kLongestTile, " pixels or more");
-}
-
 int64_t entries_in(const std::vector<Tensor>& index) { return index.size() == 4 ? index[1].numel() : 0; }
-
-cpu::Element element_of(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(tensor.is_cpu() && (type == ScalarType::Float || type == ScalarType::BFloat16), name,
-                  ": expected a float32 or bfloat16 tensor on the CPU");
-  return type == ScalarType::Float ? cpu::Element::kFloat32 : cpu::Element::kBFloat16;
-}
 
 // (batch, channels, h, w), or (pixels, channels) for a linear layer.
 ImageView view_of(const Tensor& tensor, const char* name, bool pointwise) {
@@ -127,57 +72,6 @@ void check_size(const Tensor& tensor, const char* name, int64_t batch, int64_t c
                                          : tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == channels &&
                                                tensor.size(2) == size.h && tensor.size(3) == size.w;
   STD_TORCH_CHECK(matches, name, ": its shape is not the one that the index was built for");
-}
-
-cpu::WeightOrder order_of(bool channels_last) {
-  return channels_last ? cpu::WeightOrder::kChannelsLast : cpu::WeightOrder::kContiguous;
-}
-
-Direction direction_of(bool input_gradient) { return input_gradient ? Direction::kInputGradient : Direction::kForward; }
-
-std::vector<Tensor> stencil_index(Tensor mask, std::vector<int64_t> numbers, bool channels_last, bool input_gradient,
-                                  bool in_place) {
-  const ConvShape shape = shape_of(numbers);
-  check_in_place(shape, in_place);
-  check_packed(mask, shape.weights(), "mask");
-  const int64_t active = cpu::count_weights(static_cast<const uint8_t*>(mask.const_data_ptr()), shape.weights());
-  const Work work = work_of(shape, direction_of(input_gradient), active, in_place);
-  STD_TORCH_CHECK(cpu::offsets_fit(work.stencil, work.plan), "shape: too large for the sparse convolution");
-  Tensor begin = torch::stable::new_empty(mask, {work.plan.blocks * work.stencil.rows() + 1}, ScalarType::Long);
-  const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
-  auto* begins = static_cast<int64_t*>(begin.mutable_data_ptr());
-  const cpu::WeightOrder order = order_of(channels_last);
-  const Direction direction = direction_of(input_gradient);
-  const int64_t entries = cpu::count_entries(bits, work.shape, order, direction, work.plan, begins);
-  Tensor offset = torch::stable::new_empty(mask, {entries}, ScalarType::Int);
-  const bool in_runs = cpu::entries_in_runs(order, direction, work.plan, begin.numel() - 1, entries);
-  Tensor rank = torch::stable::new_empty(mask, {in_runs ? 0 : entries}, ScalarType::Int);
-  Tensor first = torch::stable::new_empty(mask, {in_runs ? begin.numel() - 1 : 0}, ScalarType::Long);
-  cpu::fill_entries(bits, work.shape, order, direction, work.plan,
-                    {begins, static_cast<int32_t*>(offset.mutable_data_ptr()),
-                     in_runs ? nullptr : static_cast<int32_t*>(rank.mutable_data_ptr()),
-                     in_runs ? static_cast<int64_t*>(first.mutable_data_ptr()) : nullptr});
-  return {begin, offset, rank, first};
-}
-
-// Where the active weights are, in storage order.
-Tensor active_positions(Tensor mask, int64_t weights) {
-  check_packed(mask, weights, "mask");
-  STD_TORCH_CHECK(weights <= std::numeric_limits<int32_t>::max(), "weights: too many for 32-bit positions");
-  const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
-  Tensor positions = torch::stable::new_empty(mask, {cpu::count_weights(bits, weights)}, ScalarType::Int);
-  cpu::list_active(bits, weights, static_cast<int32_t*>(positions.mutable_data_ptr()));
-  return positions;
-}
-
-// source[at] in float32, rounded to bfloat16 first if asked; `rising` as in cpu/active.h.
-Tensor gather(Tensor source, Tensor at, bool to_bfloat16, bool rising) {
-  check_contiguous(at, ScalarType::Int, "at", "int32");
-  Tensor values = torch::stable::new_empty(at, {at.numel()}, ScalarType::Float);
-  cpu::gather(source.const_data_ptr(), element_of(source, "source"),
-              {static_cast<const int32_t*>(at.const_data_ptr()), at.numel(), rising}, to_bfloat16,
-              static_cast<float*>(values.mutable_data_ptr()), TorchThreads(static_cast<double>(at.numel()) * 2));
-  return values;
 }
 
 // Whether the entries of an index are in runs (cpu/stencil_index.h): it has their first ranks then, else all of them.
@@ -260,8 +154,8 @@ void convolve(const Tensor& target, const Tensor& input, const float* values, co
   const cpu::StencilEntries entries = entries_of(index, work, values);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   check_size(target, "target", shape.batch, shape.out_channels, shape.output());
-  const ImageView source = view_of(input, "input", is_pointwise(shape));
-  const ImageView result = view_of(target, "target", is_pointwise(shape));
+  const ImageView source = view_of(input, "input", in_place || is_pointwise(shape));
+  const ImageView result = view_of(target, "target", in_place || is_pointwise(shape));
   check_planes(source, shape, in_place, "input");
   check_planes(result, shape, in_place, "target");
   const float* biases = nullptr;
@@ -325,8 +219,8 @@ bool masked_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor wei
   const cpu::StencilEntries entries = entries_of(index, work, static_cast<const float*>(values.const_data_ptr()));
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(gradient, "gradient", shape.batch, shape.channels, shape.input);
-  const ImageView source = view_of(grad_output, "grad_output", is_pointwise(shape));
-  const ImageView target = view_of(gradient, "gradient", is_pointwise(shape));
+  const ImageView source = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
+  const ImageView target = view_of(gradient, "gradient", in_place || is_pointwise(shape));
   check_planes(source, shape, in_place, "grad_output");
   check_planes(target, shape, in_place, "gradient");
   prefer_large_pages(gradient);
@@ -348,8 +242,8 @@ bool masked_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
   const cpu::StencilEntries entries = entries_of(index, work, nullptr);
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(input, "input", shape.batch, shape.channels, shape.input);
-  const ImageView source = view_of(input, "input", is_pointwise(shape));
-  const ImageView factor = view_of(grad_output, "grad_output", is_pointwise(shape));
+  const ImageView source = view_of(input, "input", in_place || is_pointwise(shape));
+  const ImageView factor = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
   check_planes(source, shape, in_place, "input");
   check_planes(factor, shape, in_place, "grad_output");
   const int64_t count = known.positions.numel();
@@ -373,9 +267,6 @@ bool masked_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
-  m.def("stencil_index(Tensor mask, int[] shape, bool channels_last, bool input_gradient, bool in_place) -> Tensor[]");
-  m.def("active_positions(Tensor mask, int weights) -> Tensor");
-  m.def("gather(Tensor source, Tensor at, bool to_bfloat16, bool rising) -> Tensor");
   m.def(
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");
@@ -391,9 +282,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
-  m.impl("stencil_index", TORCH_BOX(&stencil_index));
-  m.impl("active_positions", TORCH_BOX(&active_positions));
-  m.impl("gather", TORCH_BOX(&gather));
   m.impl("sparse_conv_", TORCH_BOX(&sparse_conv_));
   m.impl("masked_conv_", TORCH_BOX(&masked_conv_));
   m.impl("masked_conv_input_gradient_", TORCH_BOX(&masked_conv_input_gradient_));

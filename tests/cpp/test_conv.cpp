@@ -9,6 +9,7 @@
 
 #include "common/bfloat16.h"
 #include "common/bits.h"
+#include "common/isa.h"
 #include "cpu/active.h"
 #include "cpu/conv.h"
 #include "cpu/mask.h"
@@ -22,6 +23,7 @@ using namespace granet::cpu;
 using Floats = std::vector<float>;
 
 int failures = 0;
+int places[3] = {};  // problems read in place: pointwise, and not; and packed
 std::mt19937 generator(0);
 
 int64_t pick(std::initializer_list<int64_t> choices) {
@@ -84,6 +86,11 @@ Problem random_problem() {
   s.padding = {pick({0, 1, 2}), pick({0, 1, 3})};
   s.dilation = {pick({1, 1, 2}), pick({1, 1, 3})};
   if (pick({0, 1}) == 1) s.kernel = s.stride = {1, 1}, s.padding = {0, 0};
+  if (pick({0, 1, 2}) == 1) {  // output and input have the same pixels
+    s.stride = {1, 1};
+    if (s.kernel.w % 2 == 0) s.kernel.w = 3;
+    s.padding = {(s.kernel.h - 1) * s.dilation.h / 2, (s.kernel.w - 1) * s.dilation.w / 2};
+  }
   s.input = {(s.kernel.h - 1) * s.dilation.h + pick({1, 2, 7, 15}),
              (s.kernel.w - 1) * s.dilation.w + pick({1, 4, 9, 37})};
   p.weight = random_floats(s.weights());
@@ -182,11 +189,11 @@ BuiltIndex build(const Problem& p, const ConvShape& shape, Direction direction, 
   return index;
 }
 
-// One column of all pixels, as the adaptor hands pointwise convolutions on.
-ConvShape flattened(const ConvShape& s, bool in_place) {
+// One column of all pixels, as the adaptor hands on pointwise convolutions that are packed.
+ConvShape flattened(const ConvShape& s) {
   ConvShape flat = s;
-  flat.batch = in_place ? s.batch : 1;
-  flat.input = {(in_place ? 1 : s.batch) * s.input.h * s.input.w, 1};
+  flat.batch = 1;
+  flat.input = {s.batch * s.input.h * s.input.w, 1};
   return flat;
 }
 
@@ -194,9 +201,10 @@ void check(const Problem& p, const Parallel& parallel) {
   const ConvShape& s = p.shape;
   const bool pointwise = s.kernel.h * s.kernel.w * s.stride.h * s.stride.w == 1 && s.padding.h + s.padding.w == 0;
   const bool last = pick({0, 1}) == 1;
-  const bool in_place = pointwise && !last && s.input.h * s.input.w >= 128;
-  const ConvShape shape = pointwise ? flattened(s, in_place) : s;
-  const auto view = [&](Images& tensor) { return pointwise ? tensor.pixels_view() : tensor.view(); };
+  const bool in_place = !last && can_read_in_place(s);
+  places[in_place ? (pointwise ? 0 : 1) : 2] += 1;
+  const ConvShape shape = pointwise && !in_place ? flattened(s) : s;
+  const auto view = [&](Images& tensor) { return pointwise || in_place ? tensor.pixels_view() : tensor.view(); };
   Images input = images(s.batch, s.channels, s.input, last, true);
   Images output = images(s.batch, s.out_channels, s.output(), last, false);
   const Floats bias = random_floats(s.out_channels);
@@ -293,7 +301,7 @@ bool same_bits(const Floats& a, const Floats& b) {
 void test_threads_change_nothing() {
   Problem p = random_problem();
   while (p.shape.weights() < 500) p = random_problem();
-  const BuiltIndex index = build(p, p.shape, Direction::kForward, false);
+  const BuiltIndex index = build(p, p.shape, Direction::kForward, can_read_in_place(p.shape));
   Images input = images(p.shape.batch, p.shape.channels, p.shape.input, false, true);
   Images grad_output = images(p.shape.batch, p.shape.out_channels, p.shape.output(), false, true);
   const auto count = static_cast<int64_t>(index.offset.size());
@@ -315,10 +323,18 @@ void test_threads_change_nothing() {
   }
 }
 
+void test_every_way_to_read() {
+  for (int i = 0; i < 200; ++i) check(random_problem(), StdThreads(1 + i % 3));
+  const bool masks_loads = isa() == Isa::kAvx512;
+  if (places[0] >= 5 && places[2] >= 5 && (places[1] >= 5) == masks_loads) return;
+  ++failures;
+  std::printf("FAILED: %d pointwise and %d other problems read in place, %d packed\n", places[0], places[1], places[2]);
+}
+
 }  // namespace
 
 int main() {
-  for (int i = 0; i < 60; ++i) check(random_problem(), StdThreads(1 + i % 3));
+  test_every_way_to_read();
   test_spread_and_gather();
   for (int i = 0; i < 10; ++i) test_threads_change_nothing();
   if (failures == 0) std::printf("conv: all passed\n");

@@ -22,7 +22,7 @@ from granet_kernels.backends.cpp.index import (
     ActiveWeights,
     Index,
     Shape,
-    readable_in_place,
+    reads_in_place,
 )
 from granet_kernels.backends.cpp.linear import as_rows, linear_shape
 from granet_kernels.backends.cpp.mask import unpack_mask
@@ -117,7 +117,7 @@ def compressed_conv2d(
     if residual is not None and residual.stride() != output.stride():
         residual = torch.empty_like(output).copy_(residual)
     input = evenly_spaced(input)
-    in_place = readable_in_place(shape, input, output)
+    in_place = reads_in_place(shape, values.numel(), "forward", input, output)
     access = Access(channels_last=False, in_place=in_place)
     run_sparse(
         output, input, stored.ordered(values, shape, access), bias, residual, relu, shape, access

@@ -15,13 +15,15 @@ from torch import Tensor
 from granet_kernels.backends.cpp.cost import chooses_sparse
 from granet_kernels.backends.cpp.index import (
     Access,
+    ActiveWeights,
     Call,
+    Direction,
     Shape,
     active_weights,
     described,
     forget,
     kept_calls,
-    readable_in_place,
+    reads_in_place,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
 from granet_kernels.layout import conv_memory_format
@@ -153,8 +155,8 @@ def forward_of(
         return None
     size, memory_format = output_size(shape), conv_memory_format(input, weight)
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format)
-    access = access_of(shape, weight, evenly_spaced(input), output)
-    forward = Forward(active.call(shape, access, "forward"), size, memory_format)
+    call = call_of(active, shape, "forward", weight, evenly_spaced(input), output)
+    forward = Forward(call, size, memory_format)
     active.keep(signature, forward)
     return forward
 
@@ -186,8 +188,8 @@ def backward_of(
     source, factor = evenly_spaced(input), evenly_spaced(grad_output)
     gradient = evenly_spaced(torch.empty_like(input))
     backward = Backward(
-        active.call(shape, access_of(shape, weight, gradient, factor), "input_gradient"),
-        active.call(shape, access_of(shape, weight, source, factor), "forward"),
+        call_of(active, shape, "input_gradient", weight, gradient, factor),
+        call_of(active, shape, "forward", weight, source, factor),
     )
     active.keep(signature, backward)
     return backward
@@ -264,9 +266,12 @@ def output_size(shape: Shape) -> tuple[int, ...]:
     return (shape.batch, shape.out_channels, *shape.output_size)
 
 
-def access_of(shape: Shape, weight: Tensor, *images: Tensor) -> Access:
-    """How the kernels reach a weight, contiguous or channels_last, and its input and output."""
-    return Access(not weight.is_contiguous(), readable_in_place(shape, *images))
+def call_of(
+    active: ActiveWeights, shape: Shape, direction: Direction, weight: Tensor, *images: Tensor
+) -> Call:
+    """How an operator is called for a weight, contiguous or channels_last, and its input and output."""
+    in_place = reads_in_place(shape, active.count, direction, *images)
+    return active.call(shape, Access(not weight.is_contiguous(), in_place), direction)
 
 
 def evenly_spaced(tensor: Tensor) -> Tensor:
