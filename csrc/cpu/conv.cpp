@@ -37,10 +37,20 @@ Unit unit_of(const Stencil& s, const Plan& plan, int64_t index) {
   return {index / plan.bands * plan.lanes, first_row, rows, rows * plan.row * plan.lanes};
 }
 
+// Whether an element of the filter looks at a phase of the source.
+bool is_read(int64_t phase, int64_t filter, int64_t step, int64_t split) {
+  for (int64_t i = 0; i < filter; ++i) {
+    if (i * step % split == phase) return true;
+  }
+  return split == 1;
+}
+
 void pack_source(const Stencil& s, const Plan& plan, const Unit& unit, const ImageView& view, float* slab) {
+  std::vector<Phase> phases;
   for (int64_t a = 0; a < s.split.h; ++a) {
     for (int64_t b = 0; b < s.split.w; ++b) {
-      const Runs runs = make_runs({.size = s.source,
+      if (!is_read(a, s.filter.h, s.step.h, s.split.h) || !is_read(b, s.filter.w, s.step.w, s.split.w)) continue;
+      phases.push_back({make_runs({.size = s.source,
                                    .scale = s.split,
                                    .phase = {a, b},
                                    .before = s.before,
@@ -52,10 +62,11 @@ void pack_source(const Stencil& s, const Plan& plan, const Unit& unit, const Ima
                                    .first_image = unit.first_image,
                                    .images = s.batch,
                                    .floats = plan.plane},
-                                  view);
-      pack(runs, view, s.channels, s.phases() * plan.plane, slab + (a * s.split.w + b) * plan.plane);
+                                  view),
+                        (a * s.split.w + b) * plan.plane});
     }
   }
+  pack(phases, view, s.channels, s.phases() * plan.plane, slab);
 }
 
 Runs target_runs(const Stencil& s, const Plan& plan, const Unit& unit, Pair phase, int64_t floats,
@@ -225,6 +236,7 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
     runs.push_back(target_runs(s, plan, unit, {p / s.spread.w, p % s.spread.w}, unit.positions, target));
   }
   const bool direct = is_direct(s, plan, target);
+  const int64_t step = s.spread.w == 2 ? 2 : 1;  // phases that are unpacked together
   std::vector<Segment> segments;
   for (int64_t position = 0; position < unit.positions; position += width) {
     const int64_t vectors = vectors_left(plan, unit, position);
@@ -233,9 +245,14 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
     sum_tile(plan, entries, slab + position, nullptr, Next{}, vectors, rows.first * phases,
              (rows.first + rows.count) * phases, bias, phases,
              direct ? direct_target(s, target, finish, segments) : DirectTarget{}, sums);
-    for (int64_t p = 0; p < phases && !direct; ++p) {
-      unpack(runs[static_cast<size_t>(p)], target, finish, sums + p * count, phases * count, position, count,
-             rows.first, rows.count);
+    for (int64_t p = 0; p < phases && !direct; p += step) {
+      const auto at = static_cast<size_t>(p);
+      if (step == 2) {
+        unpack_columns(runs[at], runs[at + 1], target, finish, sums + p * count, count, phases * count, position, count,
+                       rows.first, rows.count);
+      } else {
+        unpack(runs[at], target, finish, sums + p * count, phases * count, position, count, rows.first, rows.count);
+      }
     }
   }
 }
@@ -315,7 +332,8 @@ void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& 
   float* slab = take_floats(scratch, s.channels * s.phases() * plan.plane);
   float* factors = take_floats(scratch, rows.count * plane);
   pack_source(s, plan, unit, source, slab);
-  pack(target_runs(s, plan, unit, {0, 0}, plane, target), from_channel(target, rows.first), rows.count, plane, factors);
+  pack({{target_runs(s, plan, unit, {0, 0}, plane, target), 0}}, from_channel(target, rows.first), rows.count, plane,
+       factors);
   for (int64_t position = 0; position < unit.positions; position += width) {
     correlate_tile(plan, entries, slab + position, nullptr, factors + position, Next{}, nullptr, plane,
                    vectors_left(plan, unit, position), rows, sums);

@@ -63,8 +63,14 @@ struct RunsOf {
 };
 Runs make_runs(const RunsOf& what, const ImageView& view);
 
-// slab[c * plane + position] for `channels` channels.
-void pack(const Runs& runs, const ImageView& view, int64_t channels, int64_t plane, float* slab);
+// The runs of a phase, which lies `offset` floats behind a channel's first plane.
+struct Phase {
+  Runs runs;
+  int64_t offset;
+};
+
+// slab[c * plane + phase.offset + position] for `channels` channels.
+void pack(const std::vector<Phase>& phases, const ImageView& view, int64_t channels, int64_t plane, float* slab);
 
 // What becomes of a sum on its way into the target.
 struct Finish {
@@ -76,5 +82,9 @@ struct Finish {
 // from `first` on. The sums are not needed afterwards, and may be changed.
 void unpack(const Runs& runs, const ImageView& view, const Finish& finish, float* sums, int64_t width, int64_t position,
             int64_t count, int64_t first, int64_t channels);
+
+// The phases of the even and of the odd columns of the same target, whose sums are `apart` floats apart.
+void unpack_columns(const Runs& even, const Runs& odd, const ImageView& view, const Finish& finish, float* sums,
+                    int64_t apart, int64_t width, int64_t position, int64_t count, int64_t first, int64_t channels);
 
 }  // namespace granet::cpu

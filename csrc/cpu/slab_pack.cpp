@@ -115,33 +115,56 @@ void pack_four_planes(const Runs& runs, const typename Stored<kElement>::Type* s
   }
 }
 
-template <Element kElement>
-void pack_planes(const Runs& runs, const ImageView& view, int64_t channels, int64_t plane, float* slab) {
-  const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data);
+void fill_gaps(const Phase& phase, int64_t channels, int64_t plane, float* slab) {
   for (int64_t c = 0; c < channels; ++c) {
-    for (const Gap& gap : runs.gaps) fill_zero(slab + c * plane + gap.position, gap.length);
+    for (const Gap& gap : phase.runs.gaps) fill_zero(slab + c * plane + phase.offset + gap.position, gap.length);
   }
-  if (view.channel_stride == 1 && runs.lanes == 1) {
+}
+
+// Channels next to one another in memory.
+template <Element kElement>
+void pack_pixels(const Phase& phase, const ImageView& view, int64_t channels, int64_t plane, float* slab) {
+  const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data);
+  const Runs& runs = phase.runs;
+  fill_gaps(phase, channels, plane, slab);
+  slab += phase.offset;
+  if (runs.lanes == 1) {
     for (const Run& run : runs.runs) {
       pack_neighbours<kElement>(run, source + run.origin, runs.step, channels, plane, slab + run.position);
     }
     return;
   }
   int64_t c = 0;
-  if (view.channel_stride == 1) {
-    for (; c + 4 <= channels; c += 4) pack_four_planes<kElement>(runs, source + c, plane, slab + c * plane);
+  for (; c + 4 <= channels; c += 4) pack_four_planes<kElement>(runs, source + c, plane, slab + c * plane);
+  for (; c < channels; ++c) pack_plane<kElement>(runs, source + c, c + 1 < channels ? 1 : 0, slab + c * plane);
+}
+
+// Channel by channel: the phases of one share its cache lines.
+template <Element kElement>
+void pack_planes(const std::vector<Phase>& phases, const ImageView& view, int64_t channels, int64_t plane,
+                 float* slab) {
+  const auto* source = static_cast<const typename Stored<kElement>::Type*>(view.data);
+  for (int64_t c = 0; c < channels; ++c, source += view.channel_stride, slab += plane) {
+    for (const Phase& phase : phases) {
+      fill_gaps(phase, 1, plane, slab);
+      pack_plane<kElement>(phase.runs, source, c + 1 < channels ? view.channel_stride : 0, slab + phase.offset);
+    }
   }
-  for (; c < channels; ++c) {
-    const int64_t ahead = c + 1 < channels ? view.channel_stride : 0;
-    pack_plane<kElement>(runs, source + c * view.channel_stride, ahead, slab + c * plane);
-  }
+}
+
+template <Element kElement>
+void pack_elements(const std::vector<Phase>& phases, const ImageView& view, int64_t channels, int64_t plane,
+                   float* slab) {
+  if (view.channel_stride != 1) return pack_planes<kElement>(phases, view, channels, plane, slab);
+  for (const Phase& phase : phases) pack_pixels<kElement>(phase, view, channels, plane, slab);
 }
 
 }  // namespace
 
-void pack(const Runs& runs, const ImageView& view, int64_t channels, int64_t plane, float* slab) {
+void pack(const std::vector<Phase>& phases, const ImageView& view, int64_t channels, int64_t plane, float* slab) {
   const bool floating = view.element == Element::kFloat32;
-  (floating ? pack_planes<Element::kFloat32> : pack_planes<Element::kBFloat16>)(runs, view, channels, plane, slab);
+  (floating ? pack_elements<Element::kFloat32> : pack_elements<Element::kBFloat16>)(phases, view, channels, plane,
+                                                                                    slab);
 }
 
 }  // namespace granet::cpu

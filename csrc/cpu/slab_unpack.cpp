@@ -148,7 +148,58 @@ void add_residual(const Runs& runs, const ImageView& view, const Finish& finish,
   });
 }
 
+// The lines of so many floats.
+void fetch_to_write(const float* target, int64_t count) {
+  constexpr int kToWrite = 1;  // __builtin_prefetch's word for it
+  constexpr int64_t kLineFloats = 16;
+  for (int64_t i = 0; i < count; i += kLineFloats) __builtin_prefetch(target + i, kToWrite);
+}
+
+// Rows of floats next to one another.
+bool are_in_pairs(const Runs& even, const Runs& odd, const ImageView& view) {
+  const auto is_plain = [](const Runs& runs) { return runs.lanes == 1 && runs.step == 2; };
+  return view.element == Element::kFloat32 && is_plain(even) && is_plain(odd) && view.x_stride == 1 &&
+         even.runs.size() == odd.runs.size();
+}
+
+// target[2 * i] = even[i] and target[2 * i + 1] = odd[i], of which there is one less where the row ends with an even
+// one.
+void interleave(const float* even, const float* odd, int64_t evens, int64_t odds, float* target) {
+  int64_t i = 0;
+  for (; i + 4 <= odds; i += 4) {
+    const Four a = load_four<Element::kFloat32>(even + i), b = load_four<Element::kFloat32>(odd + i);
+    store_four(target + 2 * i, __builtin_shufflevector(a, b, 0, 4, 1, 5));
+    store_four(target + 2 * i + 4, __builtin_shufflevector(a, b, 2, 6, 3, 7));
+  }
+  for (; i < evens; ++i) {
+    target[2 * i] = even[i];
+    if (i < odds) target[2 * i + 1] = odd[i];
+  }
+}
+
 }  // namespace
+
+void unpack_columns(const Runs& even, const Runs& odd, const ImageView& view, const Finish& finish, float* sums,
+                    int64_t apart, int64_t width, int64_t position, int64_t count, int64_t first, int64_t channels) {
+  if (finish.relu || finish.residual != nullptr || !are_in_pairs(even, odd, view)) {
+    unpack(even, view, finish, sums, width, position, count, first, channels);
+    return unpack(odd, view, finish, sums + apart, width, position, count, first, channels);
+  }
+  constexpr int64_t kChannelsAhead = 4;  // 0.92 of the time without
+  for (size_t r = 0; r < even.runs.size(); ++r) {
+    const Run& run = even.runs[r];
+    const Part evens = part_of(run, 1, position, count), odds = part_of(odd.runs[r], 1, position, count);
+    if (evens.begin >= evens.end) continue;
+    float* target = static_cast<float*>(view.data) + first * view.channel_stride + run.origin + 2 * evens.begin;
+    const float* from = sums + (run.position + evens.begin - position);
+    for (int64_t c = 0; c < channels; ++c, target += view.channel_stride, from += width) {
+      if (c + kChannelsAhead < channels) {
+        fetch_to_write(target + kChannelsAhead * view.channel_stride, evens.end - evens.begin + odds.end - odds.begin);
+      }
+      interleave(from, from + apart, evens.end - evens.begin, odds.end - odds.begin, target);
+    }
+  }
+}
 
 void unpack(const Runs& runs, const ImageView& view, const Finish& finish, float* sums, int64_t width, int64_t position,
             int64_t count, int64_t first, int64_t channels) {
