@@ -23,6 +23,9 @@ Isa isa();
 
 const char* isa_name(Isa isa);
 
+// The family of an AMD processor, 25 for Zen 4 and 26 for Zen 5; 0 of any other.
+int amd_family();
+
 // The one of three functions (or tables of them) that isa() calls for.
 template <typename Choice>
 Choice for_isa(Choice portable, Choice avx2, Choice avx512) {

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <initializer_list>
 
+#if GRANET_X86
+#include <cpuid.h>
+#endif
+
 namespace granet {
 namespace {
 
@@ -37,6 +41,18 @@ Isa chosen_isa() {
 Isa isa() {
   static const Isa chosen = chosen_isa();
   return chosen;
+}
+
+int amd_family() {
+#if GRANET_X86
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAuth = 0x68747541;  // "Auth" of "AuthenticAMD"
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0 || ebx != kAuth) return 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
+  return static_cast<int>((eax >> 8 & 0xf) + (eax >> 20 & 0xff));
+#else
+  return 0;
+#endif
 }
 
 const char* isa_name(Isa isa) {

@@ -39,6 +39,15 @@ constexpr int64_t kStride = 17;
 // One word in so many tells well enough how many groups have an active weight.
 constexpr int64_t kSampled = 5;
 
+// Whether fetching the lines of every group ahead makes a step faster: the processor's own prefetchers stop at the end of
+// each page. Where it was kept, on a Zen 5, one thread takes 0.97 of the time of torch's fused step with it; on a Zen 4 it
+// takes 1.16 with it and 1.03 without. Others are left to their prefetchers.
+bool fetches_ahead() {
+  constexpr int kZen5 = 26;
+  static const bool is_faster = amd_family() >= kZen5;
+  return is_faster;
+}
+
 SgdKernel sgd_kernel(Dtype param, Dtype momentum) {
   return GRANET_FOR_ISA(portable::sgd_kernel, avx2::sgd_kernel, avx512::sgd_kernel)(param, momentum);
 }
@@ -142,7 +151,8 @@ class Update {
             .momentum = at(options_.momentum != 0 ? tensor.momentum : tensor.param, first * momentum_bytes_),
             .mask = tensor.mask + first,
             .groups = groups,
-            .group_count = count};
+            .group_count = count,
+            .fetches_ahead = fetches_ahead()};
   }
 
   // The last group of a tensor, of fewer than eight weights, in a copy that is filled up.

@@ -27,6 +27,7 @@ struct SgdChunk {
   const uint8_t* mask;     // of group g: mask[g]
   const uint16_t* groups;  // those with an active weight, in the order of a visit; or null: look at each
   int64_t group_count;     // of `groups`, or of all
+  bool fetches_ahead;      // without `groups`: what is used next
 };
 
 using SgdKernel = void (*)(const SgdChunk& chunk, const SgdOptions& options);
