@@ -11,7 +11,7 @@ from bench.cpu.effort import SPARSITIES
 from bench.cpu.rows import MISS
 from bench.cpu.targets import DENSE, SPARSEPROP
 
-FOLDER = Path(__file__).parents[1] / "results" / "cpu-amd-epyc-family-26"
+FOLDER = Path(__file__).parents[1] / "results" / "cpu-amd-epyc-family-25"
 FILES = ("cpu.csv", "cpu-avx2.csv")
 """With AVX-512, and with AVX2 alone; a cell has a number of each."""
 

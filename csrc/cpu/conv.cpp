@@ -222,6 +222,21 @@ void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entr
   }
 }
 
+// A tile's sums, which for each row are those of all phases.
+void unpack_phases(const Stencil& s, const std::vector<Runs>& phases, const ImageView& target, const Finish& finish,
+                   float* sums, int64_t position, int64_t count, Rows rows) {
+  const auto width = static_cast<int64_t>(phases.size()) * count;
+  const size_t together = s.spread.w == 2 ? 2 : 1;  // even and odd columns
+  for (size_t p = 0; p < phases.size(); p += together, sums += static_cast<int64_t>(together) * count) {
+    if (together == 2) {
+      unpack_columns(phases[p], phases[p + 1], target, finish, sums, count, width, position, count, rows.first,
+                     rows.count);
+    } else {
+      unpack(phases[p], target, finish, sums, width, position, count, rows.first, rows.count);
+    }
+  }
+}
+
 void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entries, const ImageView& source,
                 const float* bias, const Finish& finish, const ImageView& target, int64_t index, Rows rows) {
   const Unit unit = unit_of(s, plan, index);
@@ -236,7 +251,6 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
     runs.push_back(target_runs(s, plan, unit, {p / s.spread.w, p % s.spread.w}, unit.positions, target));
   }
   const bool direct = is_direct(s, plan, target);
-  const int64_t step = s.spread.w == 2 ? 2 : 1;  // phases that are unpacked together
   std::vector<Segment> segments;
   for (int64_t position = 0; position < unit.positions; position += width) {
     const int64_t vectors = vectors_left(plan, unit, position);
@@ -245,15 +259,7 @@ void run_packed(const Stencil& s, const Plan& plan, const StencilEntries& entrie
     sum_tile(plan, entries, slab + position, nullptr, Next{}, vectors, rows.first * phases,
              (rows.first + rows.count) * phases, bias, phases,
              direct ? direct_target(s, target, finish, segments) : DirectTarget{}, sums);
-    for (int64_t p = 0; p < phases && !direct; p += step) {
-      const auto at = static_cast<size_t>(p);
-      if (step == 2) {
-        unpack_columns(runs[at], runs[at + 1], target, finish, sums + p * count, count, phases * count, position, count,
-                       rows.first, rows.count);
-      } else {
-        unpack(runs[at], target, finish, sums + p * count, phases * count, position, count, rows.first, rows.count);
-      }
-    }
+    if (!direct) unpack_phases(s, runs, target, finish, sums, position, count, rows);
   }
 }
 
