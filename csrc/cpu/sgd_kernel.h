@@ -18,9 +18,9 @@ constexpr int64_t kWordGroups = 8;  // mask bytes that are looked at together
 constexpr int64_t kPrefetchGroups = 32;
 constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
 
-// Words of the mask, 256 bytes of each fp32 tensor, by which the lines of every group are fetched ahead where that
-// helps (sgd.cpp), into the first level. There it took 0.93 of the time on one thread (8 to 12 words alike; 4 and 6, or
-// the second level, gained nothing), and as long on two, which wait for memory.
+// Words of the mask, 256 bytes of each fp32 tensor, by which the lines of every group are fetched ahead where that is
+// done (sgd.cpp), into the first level. When it was new it took 0.93 of the time on one thread (8 to 12 words alike; 4
+// and 6, or the second level, gained nothing), and as long on two, which wait for memory; on which Zen is not certain.
 constexpr int64_t kWordsAhead = 10;
 constexpr int kFirstLevel = 3;
 

@@ -21,10 +21,11 @@ bool can_read_in_place(const ConvShape& s) {
   return isa() == Isa::kAvx512 && filter <= kMostShifts && floats <= kMostOffset >> kShiftBits;
 }
 
-// A load with a mask takes half as long again as one from the slab, for the mask is loaded too. So packing is worth its
-// time from so many products on that each element of the source takes part in: on a Zen 4, packed and in place took the
-// same with about 30, and with 60 where a row is several vectors, whose ends are then rare. With 12 of 56 x 56 pixels
-// in place took 0.6 to 0.7 of the time, with 23 of 28 x 28 and of 16 x 16 pixels 0.85, with 29 of 32 x 32 as long.
+// A product with a masked load takes 1.2 to 1.35 of the time of one from the slab, for the mask is loaded too. So
+// packing is worth its time from so many products on that each element of the source takes part in: on a Zen 4, packed
+// and in place took the same with about 30, and with 60 where a row is several vectors, whose ends are then rare. With
+// 12 of 56 x 56 pixels in place took 0.6 to 0.7 of the time, with 23 of 28 x 28 and of 16 x 16 pixels 0.85, with 29 of
+// 32 x 32 as long.
 bool is_faster_in_place(const ConvShape& s, int64_t planes, int64_t entries) {
   constexpr int64_t kMostProducts = 24, kMostInLongRows = 32, kLongRow = 48;
   if (s.kernel.h * s.kernel.w == 1) return true;

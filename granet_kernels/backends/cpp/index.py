@@ -99,7 +99,7 @@ class Index(NamedTuple):
     begin: Tensor
     """int64: where the entries of each (block of source channels, row) begin."""
     offset: Tensor
-    """int32: where in the packed source an entry looks."""
+    """int32: where in the source an entry looks, packed or in place."""
     rank: Tensor
     """int32: which of the active weights it is, in storage order; empty where ``first`` is not."""
     first: Tensor
