@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from granet_kernels.layout import (
     packed_length,
     storage_order,
 )
+from granet_kernels.weak_map import WeakTensorMap
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -96,27 +96,18 @@ class BitMask:
 
 @dataclass(frozen=True, slots=True)
 class _Attachment:
-    weight: weakref.ref[Tensor]
     packed: Tensor
     stride: tuple[int, ...]
     """Of the weight, when the bits were in its order."""
 
 
-# By id(weight), until the weight dies. Optimizers look up every parameter at every step, and torch's
-# WeakIdKeyDictionary hashes and compares in Python.
-_attachments: dict[int, _Attachment] = {}
+_attachments: WeakTensorMap[_Attachment] = WeakTensorMap()  # by weight
 _attachments_made = 0
 
 
 def attachments_made() -> int:
     """Grows whenever a mask is attached or detached: for those who remember what was attached."""
     return _attachments_made
-
-
-def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
-    """Drop what was attached to a weight that has died, unless its id has a new owner by now."""
-    if key in _attachments and _attachments[key].weight is dead:
-        del _attachments[key]
 
 
 def attach_mask(weight: Tensor, packed: Tensor) -> None:
@@ -132,16 +123,14 @@ def attach_mask(weight: Tensor, packed: Tensor) -> None:
     """
     global _attachments_made
     _attachments_made += 1
-    key = id(weight)
-    died = weakref.ref(weight, lambda reference: _forget(key, reference))
-    _attachments[key] = _Attachment(died, packed, weight.stride())
+    _attachments[weight] = _Attachment(packed, weight.stride())
 
 
 def detach_mask(weight: Tensor) -> None:
     """Let optimizers treat this parameter as dense again."""
     global _attachments_made
     _attachments_made += 1
-    _attachments.pop(id(weight), None)
+    _attachments.pop(weight)
 
 
 def attached_mask(weight: Tensor) -> Tensor | None:
@@ -150,8 +139,8 @@ def attached_mask(weight: Tensor) -> Tensor | None:
     A weight may change its layout behind our back (``weight.data = …``, as torch's own
     ``convert_conv2d_weight_memory_format`` does): then the bits are put into its new order first.
     """
-    attachment = _attachments.get(id(weight))
-    if attachment is None or attachment.weight() is not weight:
+    attachment = _attachments.get(weight)
+    if attachment is None:
         return None
     if weight.stride() != attachment.stride:
         as_attached = torch.empty_strided(weight.shape, attachment.stride, device="meta")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+
+from granet_kernels.weak_map import WeakTensorMap
 
 Algorithm = Literal["auto", "dense", "sparse"]
 
@@ -27,12 +28,12 @@ class Choice:
     """What last computed it; None before the first time."""
 
 
-_choices: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by packed mask
+_choices: WeakTensorMap[Choice] = WeakTensorMap()  # by packed mask
 
 
 def choice_of(mask: Tensor) -> Choice:
     """Where the backend notes what computes the layer of a packed mask."""
-    choice: Choice | None = _choices.get(mask)
+    choice = _choices.get(mask)
     if choice is None:
         choice = _choices[mask] = Choice()
     return choice

@@ -204,20 +204,12 @@ bool masked_conv_(Tensor target, Tensor input, Tensor weight, Tensor stored, Ten
   return true;
 }
 
-// `stored` as above; where `is_fetched` it holds the values already.
-bool masked_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor weight, Tensor stored, bool is_fetched,
-                                 Tensor mask, std::vector<Tensor> known_tensors, std::vector<Tensor> index,
-                                 std::vector<int64_t> numbers, bool in_place) {
-  const ConvShape shape = shape_of(numbers);
-  check_weight(weight, shape, "weight");
+// gradient = the transpose of conv(., values), of grad_output.
+void input_gradient(const Tensor& gradient, const Tensor& grad_output, const float* values,
+                    const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
   check_in_place(shape, in_place);
-  const Known known = known_of(known_tensors, shape.weights());
-  if (!are_those_of(known.bits, mask)) return false;
-  const bool to_bfloat16 = gradient.scalar_type() == ScalarType::BFloat16;
-  const Tensor values = values_of(weight, known, stored, is_fetched, index, to_bfloat16);
   const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
-  const cpu::StencilEntries entries = entries_of(index, work, static_cast<const float*>(values.const_data_ptr()));
-  check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
+  const cpu::StencilEntries entries = entries_of(index, work, values);
   check_size(gradient, "gradient", shape.batch, shape.channels, shape.input);
   const ImageView source = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
   const ImageView target = view_of(gradient, "gradient", in_place || is_pointwise(shape));
@@ -226,21 +218,15 @@ bool masked_conv_input_gradient_(Tensor gradient, Tensor grad_output, Tensor wei
   prefer_large_pages(gradient);
   cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
                    TorchThreads(time_of(shape, entries_in(index))));
-  return true;
 }
 
 // gradient, whose storage order is the weight's: zero but for the active weights.
-bool masked_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor input, Tensor mask,
-                                  std::vector<Tensor> known_tensors, std::vector<Tensor> index,
-                                  std::vector<int64_t> numbers, bool in_place) {
-  const ConvShape shape = shape_of(numbers);
+void weight_gradient(const Tensor& gradient, const Tensor& grad_output, const Tensor& input, const Known& known,
+                     const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
   check_weight(gradient, shape, "gradient");
   check_in_place(shape, in_place);
-  const Known known = known_of(known_tensors, shape.weights());
-  if (!are_those_of(known.bits, mask)) return false;
   const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, nullptr);
-  check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   const ImageView source = view_of(input, "input", in_place || is_pointwise(shape));
   const ImageView factor = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
@@ -261,6 +247,28 @@ bool masked_conv_weight_gradient_(Tensor gradient, Tensor grad_output, Tensor in
   cpu::spread(sums, static_cast<const int32_t*>(known.positions.const_data_ptr()), count, gradient.mutable_data_ptr(),
               element_of(gradient, "gradient"), shape.weights(),
               TorchThreads(static_cast<double>(shape.weights()) * 0.2 + static_cast<double>(count)));
+}
+
+// The gradients that are given. `stored` as above; where `is_fetched` it holds the values already.
+bool masked_conv_backward_(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, Tensor grad_output,
+                           Tensor input, Tensor weight, Tensor stored, bool is_fetched, Tensor mask,
+                           std::vector<Tensor> known_tensors, std::vector<Tensor> input_index,
+                           std::vector<Tensor> weight_index, std::vector<int64_t> numbers, bool input_in_place,
+                           bool weight_in_place) {
+  const ConvShape shape = shape_of(numbers);
+  check_weight(weight, shape, "weight");
+  check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
+  const Known known = known_of(known_tensors, shape.weights());
+  if (!are_those_of(known.bits, mask)) return false;
+  if (grad_input.has_value()) {
+    const bool to_bfloat16 = input.scalar_type() == ScalarType::BFloat16;
+    const Tensor values = values_of(weight, known, stored, is_fetched, input_index, to_bfloat16);
+    input_gradient(*grad_input, grad_output, static_cast<const float*>(values.const_data_ptr()), input_index, shape,
+                   input_in_place);
+  }
+  if (grad_weight.has_value()) {
+    weight_gradient(*grad_weight, grad_output, input, known, weight_index, shape, weight_in_place);
+  }
   return true;
 }
 
@@ -274,18 +282,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "masked_conv_(Tensor(a!) target, Tensor input, Tensor weight, Tensor(b!) stored, Tensor mask, Tensor[] known, "
       "Tensor[] index, Tensor? bias, int[] shape, bool in_place) -> bool");
   m.def(
-      "masked_conv_input_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor weight, Tensor(b!) stored, bool "
-      "is_fetched, Tensor mask, Tensor[] known, Tensor[] index, int[] shape, bool in_place) -> bool");
-  m.def(
-      "masked_conv_weight_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor mask, Tensor[] "
-      "known, Tensor[] index, int[] shape, bool in_place) -> bool");
+      "masked_conv_backward_(Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor grad_output, Tensor input, Tensor "
+      "weight, Tensor(c!) stored, bool is_fetched, Tensor mask, Tensor[] known, Tensor[] input_index, Tensor[] "
+      "weight_index, int[] shape, bool input_in_place, bool weight_in_place) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
   m.impl("sparse_conv_", TORCH_BOX(&sparse_conv_));
   m.impl("masked_conv_", TORCH_BOX(&masked_conv_));
-  m.impl("masked_conv_input_gradient_", TORCH_BOX(&masked_conv_input_gradient_));
-  m.impl("masked_conv_weight_gradient_", TORCH_BOX(&masked_conv_weight_gradient_));
+  m.impl("masked_conv_backward_", TORCH_BOX(&masked_conv_backward_));
 }
 
 }  // namespace granet

@@ -12,12 +12,11 @@ in dtype and are not rounded to one another's. The operators have no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from granet_kernels.layout import conv_memory_format, full_mask, packed_length
 from granet_kernels.ops.checks import (
@@ -31,6 +30,7 @@ from granet_kernels.ops.checks import (
 from granet_kernels.ops.conv import check_geometry, output_size
 from granet_kernels.ops.define import define
 from granet_kernels.ops.registry import implementation
+from granet_kernels.weak_map import WeakTensorMap
 
 
 def check_weight(
@@ -57,7 +57,7 @@ def check_weight(
             fail("bias", f"shape ({weight_shape[0]},)", describe(bias))
 
 
-_checked: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
+_checked: WeakTensorMap[tuple[int, int]] = WeakTensorMap()
 """Of masks that have been counted: their version, and how many bits are set."""
 
 

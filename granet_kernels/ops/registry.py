@@ -42,7 +42,7 @@ _backends: dict[str, Backend] = {}  # in order of preference
 _loaded: dict[str, ModuleType | str] = {}  # the module, or why there is none
 # By (operator, device type) under _selected.
 _resolved: dict[tuple[str, str], Callable[..., Any]] = {}
-_quick: dict[tuple[str, str], Callable[..., bool] | None] = {}
+_quick: dict[tuple[str, str], Callable[..., Any] | None] = {}
 _warned: set[str] = set()
 _selected: str | None = None  # None: the first available backend that serves the device
 
@@ -126,11 +126,12 @@ def implementation(operator: str, device_type: str) -> Callable[..., Any]:
     return _resolved[key]
 
 
-def quick_implementation(operator: str, device_type: str) -> Callable[..., bool] | None:
+def quick_implementation(operator: str, device_type: str) -> Callable[..., Any] | None:
     """``try_<operator>`` of the same backend, if it has that.
 
-    It judges the arguments itself, computes if they are plainly right, and says whether it did; one
-    crossing into compiled code in the place of three, of an operator that takes hundreds of tensors.
+    It judges the arguments itself and computes if they are plainly right, else it returns
+    ``NotImplemented`` and has changed nothing. Of an operator that takes hundreds of tensors compiled
+    code judges and computes in one crossing; of a layer it is enough that an earlier call was alike.
     """
     key = (operator, device_type)
     if key not in _quick:

@@ -4,9 +4,19 @@ Importing this package loads the compiled library; the ImportError says why it c
 """
 
 from granet_kernels.backends.cpp.compressed import compressed_conv2d, compressed_linear
-from granet_kernels.backends.cpp.conv import masked_conv2d, masked_conv2d_backward
+from granet_kernels.backends.cpp.conv import (
+    masked_conv2d,
+    masked_conv2d_backward,
+    try_masked_conv2d,  # noqa: F401 - the registry looks for these
+    try_masked_conv2d_backward,  # noqa: F401
+)
 from granet_kernels.backends.cpp.library import load
-from granet_kernels.backends.cpp.linear import masked_linear, masked_linear_backward
+from granet_kernels.backends.cpp.linear import (
+    masked_linear,
+    masked_linear_backward,
+    try_masked_linear,  # noqa: F401
+    try_masked_linear_backward,  # noqa: F401
+)
 from granet_kernels.backends.cpp.mask import (
     count_active,
     mask_cast,
@@ -18,7 +28,7 @@ from granet_kernels.backends.cpp.mask import (
 from granet_kernels.backends.cpp.select import drop_regrow_, prune_, topk_mask
 from granet_kernels.backends.cpp.sgd import (
     masked_sgd_,
-    try_masked_sgd_,  # noqa: F401 - the registry looks for it
+    try_masked_sgd_,  # noqa: F401
 )
 
 __all__ = [

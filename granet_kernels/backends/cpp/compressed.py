@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from granet_kernels.backends.cpp.conv import conv_shape, evenly_spaced
 from granet_kernels.backends.cpp.cost import chooses_sparse
@@ -27,6 +26,7 @@ from granet_kernels.backends.cpp.index import (
 from granet_kernels.backends.cpp.linear import as_rows, linear_shape
 from granet_kernels.backends.cpp.mask import unpack_mask
 from granet_kernels.layout import conv_memory_format
+from granet_kernels.weak_map import WeakTensorMap
 
 
 class StoredWeight:
@@ -65,12 +65,12 @@ class StoredWeight:
         return self._dense[dtype]
 
 
-_stored = WeakIdKeyDictionary()  # by mask
+_stored: WeakTensorMap[StoredWeight] = WeakTensorMap()  # by mask
 
 
 def stored_weight(values: Tensor, mask: Tensor) -> StoredWeight:
     """What has been derived from non-zeros and their mask."""
-    known: StoredWeight | None = _stored.get(mask)
+    known = _stored.get(mask)
     if known is None or not known.is_of(values, mask):
         known = StoredWeight(values, mask)
         _stored[mask] = known

@@ -6,7 +6,7 @@ The caller has checked the arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from granet_kernels.backends.cpp.index import (
     Call,
     Direction,
     Shape,
+    Signature,
     active_weights,
     described,
-    forget,
     kept_calls,
     reads_in_place,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
+from granet_kernels.backends.cpp.sparse import Backward, sparse_gradients, sparse_output
 from granet_kernels.layout import conv_memory_format
 
 
@@ -37,11 +38,28 @@ class Forward(NamedTuple):
     memory_format: torch.memory_format
 
 
-class Backward(NamedTuple):
-    """How its gradients are."""
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding, dilation and groups."""
 
-    input: Call
-    weight: Call
+
+def try_masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    algorithm: str = "auto",
+) -> Any:
+    """:func:`masked_conv2d` where a sparse call was alike, and so was checked; else ``NotImplemented``."""
+    geometry = (stride, padding, dilation, groups)
+    forward = kept_calls(mask, _forward_signature(input, weight, bias, geometry, algorithm))
+    if forward is None:
+        return NotImplemented
+    return _sparse_forward(forward, input, weight, mask, bias)
 
 
 def masked_conv2d(
@@ -58,17 +76,37 @@ def masked_conv2d(
 ) -> Tensor:
     """conv2d(input, weight where active), in the dtype of the input."""
     geometry = (stride, padding, dilation, groups)
-    forward = forward_of(input, weight, mask, *geometry, algorithm)
-    if forward is None:
-        masked = mask_cast(weight, mask, input.dtype)
-        bias = None if bias is None else bias.to(input.dtype)
-        output = F.conv2d(input, masked, bias, *geometry)
-        return output.contiguous(memory_format=conv_memory_format(input, weight))
-    output = torch.empty(forward.size, dtype=input.dtype, memory_format=forward.memory_format)
-    if not sparse_output(output, evenly_spaced(input), weight, mask, bias, forward.call):
-        forget(mask)
-        return masked_conv2d(input, weight, mask, bias, *geometry, algorithm=algorithm)
-    return output
+    output: Any = NotImplemented
+    while output is NotImplemented:  # again, should someone write to the mask meanwhile
+        forward = _prepare_forward(input, weight, mask, bias, geometry, algorithm)
+        if forward is None:
+            return _dense_forward(input, weight, mask, bias, geometry)
+        output = _sparse_forward(forward, evenly_spaced(input), weight, mask, bias)
+    return output  # type: ignore[no-any-return]
+
+
+def try_masked_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+    *,
+    algorithm: str = "auto",
+) -> Any:
+    """:func:`masked_conv2d_backward` where a sparse call was alike; else ``NotImplemented``."""
+    geometry = (stride, padding, dilation, groups)
+    signature = _backward_signature(grad_output, input, weight, bias, geometry, algorithm)
+    backward = kept_calls(mask, signature)
+    if backward is None or (needs[1] and bool(dense_grad)):
+        return NotImplemented
+    return _sparse_backward(backward, grad_output, input, weight, mask, bias, needs)
 
 
 def masked_conv2d_backward(
@@ -88,164 +126,167 @@ def masked_conv2d_backward(
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
     geometry = (stride, padding, dilation, groups)
-    needs_input, needs_weight, needs_bias = needs
-    backward = backward_of(grad_output, input, weight, mask, *geometry, algorithm)
-    sparse_weight = backward is not None and not bool(dense_grad)
-    dense_needs = [needs_input and backward is None, needs_weight and not sparse_weight, False]
-    if any(dense_needs):
-        masked = mask_cast(weight, mask, input.dtype) if dense_needs[0] else weight.to(input.dtype)
-        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad_output, input, masked, None, *geometry[:3], False, [0, 0], groups, dense_needs
-        )
-    gradients, is_known = [], True
-    if needs_input:
-        gradient = torch.empty_like(input)
+    images = evenly_spaced(grad_output), evenly_spaced(input)
+    dense_weight = needs[1] and bool(dense_grad)  # then its gradient alone is computed densely
+    gradients: Any = NotImplemented
+    while gradients is NotImplemented:  # again, should someone write to the mask meanwhile
+        backward = _prepare_backward(grad_output, input, weight, mask, bias, geometry, algorithm)
+        tensors = (grad_output, input, weight, mask, bias, dense_grad)
         if backward is None:
-            gradient.copy_(grad_input)
-        else:
-            is_known = sparse_input_gradient(gradient, grad_output, weight, mask, backward.input)
-        gradients.append(gradient)
-    if needs_weight:
-        if backward is None or not sparse_weight:
-            gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
-        else:
-            gradient = torch.empty_like(weight)
-            is_known &= sparse_weight_gradient(gradient, grad_output, input, mask, backward.weight)
-            gradients.append(gradient)
-    if not is_known:
-        forget(mask)
-        return masked_conv2d_backward(
-            grad_output,
-            input,
-            weight,
-            mask,
-            bias,
-            dense_grad,
-            *geometry,
-            needs,
-            algorithm=algorithm,
+            return _dense_backward(*tensors, geometry, needs)
+        sparse_needs = [needs[0], False, False] if dense_weight else needs
+        gradients = _sparse_backward(backward, *images, weight, mask, bias, sparse_needs)
+    if dense_weight:
+        gradients += _dense_backward(*tensors, geometry, [False, *needs[1:]])
+    return gradients  # type: ignore[no-any-return]
+
+
+def _dense_forward(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    masked = mask_cast(weight, mask, input.dtype)
+    bias = None if bias is None else bias.to(input.dtype)
+    output = F.conv2d(input, masked, bias, *geometry)
+    return output.contiguous(memory_format=conv_memory_format(input, weight))
+
+
+def _dense_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    geometry: Geometry,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    needs_input, needs_weight, needs_bias = needs
+    gradients = []
+    if needs_input or needs_weight:
+        masked = mask_cast(weight, mask, input.dtype) if needs_input else weight.to(input.dtype)
+        outputs = [needs_input, needs_weight, False]
+        *where, groups = geometry
+        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad_output, input, masked, None, *where, False, [0, 0], groups, outputs
         )
+    if needs_input:
+        gradients.append(torch.empty_like(input).copy_(grad_input))
+    if needs_weight:
+        gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
     if needs_bias and bias is not None:
         gradients.append(torch.empty_like(bias).copy_(grad_output.sum((0, 2, 3))))
     return gradients
 
 
-def forward_of(
+def _sparse_forward(
+    forward: Forward, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+) -> Any:
+    """The output; ``NotImplemented`` where the mask has other bits than when this was prepared."""
+    output = torch.empty(forward.size, dtype=input.dtype, memory_format=forward.memory_format)
+    is_known = sparse_output(output, input, weight, mask, bias, forward.call)
+    return output if is_known else NotImplemented
+
+
+def _sparse_backward(
+    backward: Backward,
+    grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> Any:
+    """The gradients that are needed; ``NotImplemented`` as above."""
+    grad_input = torch.empty_like(input) if needs[0] else None
+    grad_weight = torch.empty_like(weight) if needs[1] else None
+    target = grad_input
+    if grad_input is not None and not backward.writes_as_is:
+        target = evenly_spaced(grad_input)
+    if not sparse_gradients(target, grad_weight, grad_output, input, weight, mask, backward):
+        return NotImplemented
+    if grad_input is not None and target is not None and target is not grad_input:
+        grad_input.copy_(target)
+    gradients = [gradient for gradient in (grad_input, grad_weight) if gradient is not None]
+    if needs[2] and bias is not None:
+        gradients.append(torch.empty_like(bias).copy_(grad_output.sum((0, 2, 3))))
+    return gradients
+
+
+def _forward_signature(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, algorithm: str
+) -> Signature:
+    stride, padding, dilation, groups = geometry
+    return (
+        *("forward", described(input), described(weight), described(bias)),
+        *(*stride, *padding, *dilation, groups, algorithm),
+    )
+
+
+def _backward_signature(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    algorithm: str,
+) -> Signature:
+    stride, padding, dilation, groups = geometry
+    return (
+        *("backward", described(grad_output), described(input), described(weight), described(bias)),
+        *(*stride, *padding, *dilation, groups, algorithm),
+    )
+
+
+def _prepare_forward(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
     algorithm: str,
 ) -> Forward | None:
     """How a layer is computed; None: densely."""
-    signature = (
-        "forward",
-        *(*described(input), *described(weight)),
-        *(*stride, *padding, *dilation, groups, algorithm),
-    )
-    forward: Forward | None = kept_calls(mask, signature)
-    if forward is not None:
-        return forward
-    shape = conv_shape(input, weight.shape, stride, padding, dilation, groups)
+    shape = conv_shape(input, weight.shape, *geometry)
     active = active_weights(mask)
     if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
         return None
     size, memory_format = output_size(shape), conv_memory_format(input, weight)
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format)
-    call = call_of(active, shape, "forward", weight, evenly_spaced(input), output)
-    forward = Forward(call, size, memory_format)
-    active.keep(signature, forward)
+    source = evenly_spaced(input)
+    forward = Forward(
+        call_of(active, shape, "forward", weight, source, output), size, memory_format
+    )
+    if source is input:
+        active.keep(_forward_signature(input, weight, bias, geometry, algorithm), forward)
     return forward
 
 
-def backward_of(
+def _prepare_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    bias: Tensor | None,
+    geometry: Geometry,
     algorithm: str,
 ) -> Backward | None:
     """How the gradients of a layer are computed; None: densely."""
-    signature = (
-        *("backward", grad_output.stride()),
-        *(*described(input), *described(weight)),
-        *(*stride, *padding, *dilation, groups, algorithm),
-    )
-    backward: Backward | None = kept_calls(mask, signature)
-    if backward is not None:
-        return backward
-    shape = conv_shape(input, weight.shape, stride, padding, dilation, groups)
+    shape = conv_shape(input, weight.shape, *geometry)
     active = active_weights(mask)
     if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
         return None
     source, factor = evenly_spaced(input), evenly_spaced(grad_output)
-    gradient = evenly_spaced(torch.empty_like(input))
-    backward = Backward(
-        call_of(active, shape, "input_gradient", weight, gradient, factor),
-        call_of(active, shape, "forward", weight, source, factor),
-    )
-    active.keep(signature, backward)
-    return backward
-
-
-def sparse_output(
-    output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, call: Call
-) -> bool:
-    """Write the output of a layer; the bias is rounded to the input's dtype first.
-
-    False, and nothing is written, where the mask has other bits than the call was made for.
-    """
-    bias = None if bias is None else bias.to(input.dtype).float().contiguous()
-    known, entries, shape, in_place, fetched = call
-    stored = room_for(known[1])
-    done: bool = torch.ops.granet_cpp.masked_conv_.default(
-        output, input, weight, stored, mask, known, entries, bias, shape, in_place
-    )
-    if done:
-        fetched.keep(weight, input.dtype, stored)
-    return done
-
-
-def sparse_input_gradient(
-    gradient: Tensor, grad_output: Tensor, weight: Tensor, mask: Tensor, call: Call
-) -> bool:
-    """Write the input's gradient, computed from the active weights alone; False as above."""
+    gradient = torch.empty_like(input)
     target = evenly_spaced(gradient)
-    known, entries, shape, in_place, fetched = call
-    stored = fetched.values(weight, gradient.dtype)
-    is_fetched = stored is not None
-    if stored is None:
-        stored = room_for(known[1])
-    done: bool = torch.ops.granet_cpp.masked_conv_input_gradient_.default(
-        *(target, evenly_spaced(grad_output), weight, stored, is_fetched),
-        *(mask, known, entries, shape, in_place),
+    backward = Backward(
+        call_of(active, shape, "input_gradient", weight, target, factor),
+        call_of(active, shape, "forward", weight, source, factor),
+        writes_as_is=target is gradient,
     )
-    if target is not gradient:
-        gradient.copy_(target)
-    return done
-
-
-def sparse_weight_gradient(
-    gradient: Tensor, grad_output: Tensor, input: Tensor, mask: Tensor, call: Call
-) -> bool:
-    """Write the weight's gradient: computed where active, zero elsewhere; False as above."""
-    done: bool = torch.ops.granet_cpp.masked_conv_weight_gradient_.default(
-        *(gradient, evenly_spaced(grad_output), evenly_spaced(input), mask),
-        *(call.known, call.entries, call.shape, call.in_place),
-    )
-    return done
-
-
-def room_for(positions: Tensor) -> Tensor:
-    """For the values of the active weights at these positions."""
-    return torch.empty(positions.shape, dtype=torch.float32, device="cpu")
+    if source is input and factor is grad_output:
+        signature = _backward_signature(grad_output, input, weight, bias, geometry, algorithm)
+        active.keep(signature, backward)
+    return backward
 
 
 def conv_shape(

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from granet_kernels.choices import choice_of
+from granet_kernels.weak_map import WeakTensorMap
 
 MOST_SHAPES = 4
 """Indexes that a mask keeps for each direction: training and evaluation, with their last batches."""
@@ -123,7 +123,8 @@ def gather(
 
 
 Signature = tuple[object, ...]
-"""Sizes, strides, dtypes and numbers, on which depends how a layer is computed."""
+"""What the checks of an operator, and the choice of how it is computed, rest on but for the mask: all that
+its tensors are but their elements, and its numbers."""
 
 
 class Call(NamedTuple):
@@ -171,9 +172,11 @@ def _version(weight: Tensor, dtype: torch.dtype) -> object:
     return weight.data_ptr(), weight._version, dtype
 
 
-def described(tensor: Tensor) -> Signature:
+def described(tensor: Tensor | None) -> Signature | None:
     """A tensor's part of a signature."""
-    return tensor.shape, tensor.stride(), tensor.dtype
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cpu
 
 
 class ActiveWeights:
@@ -235,12 +238,12 @@ class ActiveWeights:
         return index
 
 
-_known = WeakIdKeyDictionary()
+_known: WeakTensorMap[ActiveWeights] = WeakTensorMap()  # by packed mask
 
 
 def active_weights(mask: Tensor) -> ActiveWeights:
     """Those that a packed mask names now."""
-    known: ActiveWeights | None = _known.get(mask)
+    known = _known.get(mask)
     if known is None or not known.are_those_of(mask):
         known = ActiveWeights(mask)
         _known[mask] = known
@@ -249,13 +252,8 @@ def active_weights(mask: Tensor) -> ActiveWeights:
 
 def kept_calls(mask: Tensor, signature: Signature) -> Any:
     """What :meth:`ActiveWeights.keep` was given, or None; the operators tell if the bits still are those."""
-    known: ActiveWeights | None = _known.get(mask)
+    known = _known.get(mask)
     if known is None or (calls := known.calls.get(signature)) is None:
         return None
     known.choice.last = "sparse"
     return calls
-
-
-def forget(mask: Tensor) -> None:
-    """Drop what was built from bits that the mask no longer has."""
-    _known.pop(mask, None)

@@ -6,44 +6,69 @@ The caller has checked the arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from granet_kernels.backends.cpp.conv import (
-    sparse_input_gradient,
-    sparse_output,
-    sparse_weight_gradient,
-)
 from granet_kernels.backends.cpp.cost import chooses_sparse
 from granet_kernels.backends.cpp.index import (
     Access,
+    ActiveWeights,
     Call,
     Direction,
     Shape,
+    Signature,
     active_weights,
     described,
-    forget,
     kept_calls,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
+from granet_kernels.backends.cpp.sparse import Backward, sparse_gradients, sparse_output
+
+
+def try_masked_linear(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *, algorithm: str = "auto"
+) -> Any:
+    """:func:`masked_linear` where a sparse call was alike, and so was checked; else ``NotImplemented``."""
+    call = kept_calls(mask, _signature("forward", algorithm, input, weight, bias))
+    return NotImplemented if call is None else _sparse_forward(call, input, weight, mask, bias)
 
 
 def masked_linear(
     input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *, algorithm: str = "auto"
 ) -> Tensor:
     """input @ (weight where active).T + bias, in the dtype of the input."""
-    forward = call_of("forward", input, weight, mask, algorithm)
-    if forward is None:
-        bias = None if bias is None else bias.to(input.dtype)
-        return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
-    output = input.new_empty((*input.shape[:-1], weight.size(0)))
-    rows = output.view(-1, weight.size(0))
-    if not sparse_output(rows, as_rows(input), weight, mask, bias, forward):
-        forget(mask)
-        return masked_linear(input, weight, mask, bias, algorithm=algorithm)
-    return output
+    output: Any = NotImplemented
+    while output is NotImplemented:  # again, should someone write to the mask meanwhile
+        active = _active_if_sparse(input, weight, mask, algorithm)
+        if active is None:
+            bias = None if bias is None else bias.to(input.dtype)
+            return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
+        call = _call_of(active, "forward", input, weight)
+        active.keep(_signature("forward", algorithm, input, weight, bias), call)
+        output = _sparse_forward(call, input, weight, mask, bias)
+    return output  # type: ignore[no-any-return]
+
+
+def try_masked_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    needs: Sequence[bool],
+    *,
+    algorithm: str = "auto",
+) -> Any:
+    """:func:`masked_linear_backward` where a sparse call was alike; else ``NotImplemented``."""
+    signature = _signature("backward", algorithm, input, weight, bias, grad_output)
+    backward = kept_calls(mask, signature)
+    if backward is None or (needs[1] and bool(dense_grad)):
+        return NotImplemented
+    return _sparse_backward(backward, grad_output, input, weight, mask, bias, needs)
 
 
 def masked_linear_backward(
@@ -58,57 +83,105 @@ def masked_linear_backward(
     algorithm: str = "auto",
 ) -> list[Tensor]:
     """Gradients of input, weight and bias, those that are needed; the weight's through the mask."""
-    needs_input, needs_weight, needs_bias = needs
-    gradients, is_known = [], True
-    if needs_input:
-        gradient = torch.empty_like(input)
-        call = call_of("input_gradient", input, weight, mask, algorithm)
-        if call is None:
-            gradient.copy_(grad_output @ mask_cast(weight, mask, input.dtype))
-        else:
-            in_place = gradient.is_contiguous()
-            rows = gradient if in_place else torch.empty(input.shape, dtype=input.dtype)
-            is_known = sparse_input_gradient(
-                rows.view(-1, input.size(-1)), as_rows(grad_output), weight, mask, call
-            )
-            if not in_place:
-                gradient.copy_(rows)
-        gradients.append(gradient)
-    if needs_weight:
-        call = call_of("forward", input, weight, mask, algorithm)
-        if call is None or bool(dense_grad):
-            grad_weight = as_rows(grad_output).t() @ as_rows(input)
-            gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
-        else:
-            gradient = torch.empty_like(weight)
-            rows = as_rows(grad_output)
-            is_known &= sparse_weight_gradient(gradient, rows, as_rows(input), mask, call)
-            gradients.append(gradient)
-    if not is_known:
-        forget(mask)
-        return masked_linear_backward(
-            grad_output, input, weight, mask, bias, dense_grad, needs, algorithm=algorithm
+    dense_weight = needs[1] and bool(dense_grad)  # then its gradient alone is computed densely
+    tensors = (grad_output, input, weight, mask, bias)
+    gradients: Any = NotImplemented
+    while gradients is NotImplemented:  # again, should someone write to the mask meanwhile
+        active = _active_if_sparse(input, weight, mask, algorithm)
+        if active is None:
+            return _dense_backward(*tensors, dense_grad, needs)
+        backward = Backward(
+            _call_of(active, "input_gradient", input, weight),
+            _call_of(active, "forward", input, weight),
+            writes_as_is=True,
         )
-    if needs_bias and bias is not None:
-        gradients.append(torch.empty_like(bias).copy_(as_rows(grad_output).sum(0)))
+        signature = _signature("backward", algorithm, input, weight, bias, grad_output)
+        active.keep(signature, backward)
+        sparse_needs = [needs[0], False, False] if dense_weight else needs
+        gradients = _sparse_backward(backward, *tensors, sparse_needs)
+    if dense_weight:
+        gradients += _dense_backward(*tensors, dense_grad, [False, *needs[1:]])
+    return gradients  # type: ignore[no-any-return]
+
+
+def _dense_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    dense_grad: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    gradients = []
+    if needs[0]:
+        grad_input = grad_output @ mask_cast(weight, mask, input.dtype)
+        gradients.append(torch.empty_like(input).copy_(grad_input))
+    if needs[1]:
+        grad_weight = as_rows(grad_output).t() @ as_rows(input)
+        gradients.append(mask_grad(grad_weight, weight, mask, dense_grad))
+    if needs[2] and bias is not None:
+        gradients.append(bias_gradient(bias, grad_output))
     return gradients
 
 
-def call_of(
-    direction: Direction, input: Tensor, weight: Tensor, mask: Tensor, algorithm: str
-) -> Call | None:
-    """How a layer's output or its input's gradient is computed; None: densely."""
-    signature = (direction, *described(input), *described(weight), algorithm)
-    call: Call | None = kept_calls(mask, signature)
-    if call is not None:
-        return call
-    shape = linear_shape(input, weight.shape)
+def _sparse_forward(
+    call: Call, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+) -> Any:
+    """The output; ``NotImplemented`` where the mask has other bits than when this was prepared."""
+    output = input.new_empty((*input.shape[:-1], weight.size(0)))
+    is_known = sparse_output(as_rows(output), as_rows(input), weight, mask, bias, call)
+    return output if is_known else NotImplemented
+
+
+def _sparse_backward(
+    backward: Backward,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> Any:
+    """The gradients that are needed; ``NotImplemented`` as above."""
+    grad_input = torch.empty_like(input) if needs[0] else None
+    grad_weight = torch.empty_like(weight) if needs[1] else None
+    target = grad_input
+    if grad_input is not None and not grad_input.is_contiguous():
+        target = torch.empty(input.shape, dtype=input.dtype)
+    rows = None if target is None else as_rows(target)
+    others = as_rows(grad_output), as_rows(input)
+    if not sparse_gradients(rows, grad_weight, *others, weight, mask, backward):
+        return NotImplemented
+    if grad_input is not None and target is not None and target is not grad_input:
+        grad_input.copy_(target)
+    gradients = [gradient for gradient in (grad_input, grad_weight) if gradient is not None]
+    if needs[2] and bias is not None:
+        gradients.append(bias_gradient(bias, grad_output))
+    return gradients
+
+
+def bias_gradient(bias: Tensor, grad_output: Tensor) -> Tensor:
+    return torch.empty_like(bias).copy_(as_rows(grad_output).sum(0))
+
+
+def _active_if_sparse(
+    input: Tensor, weight: Tensor, mask: Tensor, algorithm: str
+) -> ActiveWeights | None:
+    """The active weights; None where the layer is computed densely."""
     active = active_weights(mask)
-    if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
-        return None
-    call = active.call(shape, Access(channels_last=False, in_place=False), direction)
-    active.keep(signature, call)
-    return call
+    shape = linear_shape(input, weight.shape)
+    is_sparse = chooses_sparse(shape, input, weight, mask, active.count, algorithm)
+    return active if is_sparse else None
+
+
+def _call_of(active: ActiveWeights, direction: Direction, input: Tensor, weight: Tensor) -> Call:
+    access = Access(channels_last=False, in_place=False)
+    return active.call(linear_shape(input, weight.shape), access, direction)
+
+
+def _signature(step: str, algorithm: str, *tensors: Tensor | None) -> Signature:
+    return (step, algorithm, *map(described, tensors))
 
 
 def linear_shape(input: Tensor, weight_shape: Sequence[int]) -> Shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,10 @@ def try_masked_sgd_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> bool:
-    """:func:`masked_sgd_` where compiled code finds the arguments right; whether it did."""
+) -> Any:
+    """:func:`masked_sgd_` where compiled code finds the arguments right; else ``NotImplemented``."""
     if not params or not (lr_tensor is grad_scale is found_inf is None):
-        return False
+        return NotImplemented
     done = torch.ops.granet_cpp.try_masked_sgd_.default(
         params,
         grads,
@@ -41,7 +43,7 @@ def try_masked_sgd_(
         maximize,
         first,
     )
-    return bool(done)
+    return None if done else NotImplemented
 
 
 def masked_sgd_(
