@@ -1,3 +1,4 @@
+#include "common/bits.h"
 #include "common/isa.h"
 
 #if GRANET_X86

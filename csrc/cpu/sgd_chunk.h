@@ -23,13 +23,18 @@ struct SgdOptions {
 struct SgdChunk {
   void* param;
   const void* grad;
-  void* momentum;          // without momentum the parameter, and not touched
-  const uint8_t* mask;     // of group g: mask[g]
-  const uint16_t* groups;  // those with an active weight, in the order of a visit; or null: look at each
-  int64_t group_count;     // of `groups`, or of all
-  bool fetches_ahead;      // without `groups`: what is used next
+  void* momentum;       // without momentum the parameter, and not touched
+  const uint8_t* mask;  // of group g: mask[g]
+  int64_t group_count;
+  bool is_listed;      // few groups have an active weight: they are listed, and the others passed over
+  bool fetches_ahead;  // unless it is listed: what is used next
 };
 
 using SgdKernel = void (*)(const SgdChunk& chunk, const SgdOptions& options);
+
+// 65 536 weights: some 30 microseconds. With a quarter of it two threads took 1.02 times as long at 50 to 95 %
+// sparsity. Threads meet between cache lines if the tensors begin at one.
+constexpr int64_t kChunkGroups = 8192;
+constexpr int64_t kWordGroups = 8;  // mask bytes that are looked at together
 
 }  // namespace granet::cpu

@@ -7,15 +7,13 @@
 
 #include "common/simd_dtypes.h"
 #include "cpu/sgd_chunk.h"
+#include "cpu/sgd_list.h"
 
 namespace granet::cpu::GRANET_ISA {
 
-constexpr int64_t kWordGroups = 8;  // mask bytes that are looked at together
-
-// Groups that are fetched ahead of the one that is computed, where most groups are passed over: the processor's own
-// prefetchers then fetch the wrong lines. Into the second level, which does not set off the first level's prefetchers:
-// with 28 % of the lines in use, 0.6 of the time of prefetching into the first, which gained nothing.
-constexpr int64_t kPrefetchGroups = 32;
+// Where most groups are passed over, those of the next list are fetched, for the processor's own prefetchers fetch the
+// wrong lines. Into the second level, which does not set off the first level's prefetchers: with 28 % of the lines in
+// use, 0.6 of the time of prefetching into the first, which gained nothing.
 constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
 
 // Words of the mask, 256 bytes of each fp32 tensor, by which the lines of every group are fetched ahead where that is
@@ -24,7 +22,30 @@ constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
 constexpr int64_t kWordsAhead = 10;
 constexpr int kFirstLevel = 3;
 
-template <typename P, typename M>
+// Which terms the update of a weight has.
+struct SgdTerms {
+  bool scaled = false, negated = false, decayed = false, moved = false, first = false, nesterov = false;
+  bool operator==(const SgdTerms&) const = default;
+};
+
+inline SgdTerms terms_of(const SgdOptions& o) {
+  return {o.grad_scale != 1, o.maximize, o.weight_decay != 0, o.momentum != 0, o.first, o.nesterov};
+}
+
+// Asking for each term at every group took 0.06 of a step, which otherwise waits for memory: loops are compiled for
+// the terms of almost all steps, and one for all others.
+struct AnyTerms {
+  explicit AnyTerms(const SgdOptions& options) : terms(terms_of(options)) {}
+  SgdTerms terms;
+};
+
+template <bool is_decayed, bool is_nesterov>
+struct UsualTerms {
+  explicit UsualTerms(const SgdOptions&) {}
+  static constexpr SgdTerms terms{.decayed = is_decayed, .moved = true, .nesterov = is_nesterov};
+};
+
+template <typename P, typename M, typename Terms>
 class SgdUpdate {
   using G = Compute<P>;
   using V = Compute<M>;
@@ -33,7 +54,7 @@ class SgdUpdate {
 
  public:
   explicit SgdUpdate(const SgdOptions& options)
-      : options_(options),
+      : given_(options),
         scale_(static_cast<G>(options.grad_scale)),
         weight_decay_(static_cast<G>(options.weight_decay)),
         momentum_(static_cast<V>(options.momentum)),
@@ -43,7 +64,7 @@ class SgdUpdate {
 
   // Every group of the chunk, except for words without an active weight. The groups of a word are not told apart: at
   // 90 % random sparsity a branch for each cannot be foreseen, and made the step take 1.4 times as long.
-  void all_groups(const SgdChunk& chunk) const {
+  void all_groups(const SgdChunk chunk) const {
     const int64_t whole = chunk.group_count / kWordGroups * kWordGroups;
     for (int64_t g = 0; g < whole; g += kWordGroups) {
       uint64_t word;
@@ -63,19 +84,33 @@ class SgdUpdate {
     }
   }
 
-  // The listed groups of the chunk.
-  void listed_groups(const SgdChunk& chunk) const {
-    for (int64_t i = 0; i < kPrefetchGroups && i < chunk.group_count; ++i) {
-      prefetch<kSecondLevel>(chunk, chunk.groups[i]);
+  // The groups that have an active weight: those of a list, in turn with fetching those of the next one.
+  void listed_groups(const SgdChunk chunk) const {
+    const int64_t words = chunk.group_count / kWordGroups;
+    GroupList lists[2];
+    for (int64_t turn = -1; turn < kStride; ++turn) {
+      const GroupList& now = lists[turn & 1];
+      GroupList& next = lists[(turn + 1) & 1];
+      next.take(chunk.mask, turn + 1 < kStride ? words : 0, turn + 1);
+      take_turns(chunk, now, next);
     }
-    for (int64_t i = 0; i < chunk.group_count; ++i) {
-      prefetch<kSecondLevel>(chunk, chunk.groups[i + kPrefetchGroups < chunk.group_count ? i + kPrefetchGroups : i]);
-      group<false>(chunk, chunk.groups[i], chunk.mask[chunk.groups[i]]);
+    for (int64_t g = words * kWordGroups; g < chunk.group_count; ++g) {
+      if (chunk.mask[g] != 0) group<false>(chunk, g, chunk.mask[g]);
     }
   }
 
  private:
   static constexpr uint32_t kAll = 0xff;
+
+  void take_turns(const SgdChunk& chunk, const GroupList& now, const GroupList& next) const {
+    const int64_t both = now.size() < next.size() ? now.size() : next.size();
+    for (int64_t i = 0; i < both; ++i) {
+      prefetch<kSecondLevel>(chunk, next[i]);
+      group<false>(chunk, now[i], chunk.mask[now[i]]);
+    }
+    for (int64_t i = both; i < now.size(); ++i) group<false>(chunk, now[i], chunk.mask[now[i]]);
+    for (int64_t i = both; i < next.size(); ++i) prefetch<kSecondLevel>(chunk, next[i]);
+  }
 
   // The eight weights of a group, of which those whose bit is set are written.
   template <bool all>
@@ -99,11 +134,11 @@ class SgdUpdate {
     const Lanes<G, n> weight = Coding<P, n>::decode(param_bits);
     const Lanes<G, n> gradient = decayed(Coding<P, n>::decode(load_bits<n>(grad)), weight);
     Lanes<C, n> step = convert<C, n, G>(gradient);
-    if (options_.momentum != 0) {
+    if (given_.terms.moved) {
       const auto momentum_bits = load_bits<n>(momentum);
-      const Lanes<C, n> velocity = options_.first ? step : faster(Coding<M, n>::decode(momentum_bits), step);
+      const Lanes<C, n> velocity = given_.terms.first ? step : faster(Coding<M, n>::decode(momentum_bits), step);
       write<M, all>(momentum, Coding<M, n>::encode(convert<V, n, C>(velocity)), momentum_bits, mask);
-      step = options_.nesterov ? multiply_add<C, n>(velocity, splat(lookahead_), step) : velocity;
+      step = given_.terms.nesterov ? multiply_add<C, n>(velocity, splat(lookahead_), step) : velocity;
     }
     const Lanes<C, n> updated = multiply_add<C, n>(step, splat(rate_), convert<C, n, G>(weight));
     write<P, all>(param, Coding<P, n>::encode(convert<G, n, C>(updated)), param_bits, mask);
@@ -119,9 +154,9 @@ class SgdUpdate {
   }
 
   Lanes<G, n> decayed(Lanes<G, n> gradient, const Lanes<G, n>& weight) const {
-    if (options_.grad_scale != 1) gradient /= scale_;
-    if (options_.maximize) gradient = -gradient;
-    if (options_.weight_decay == 0) return gradient;
+    if (given_.terms.scaled) gradient /= scale_;
+    if (given_.terms.negated) gradient = -gradient;
+    if (!given_.terms.decayed) return gradient;
     return multiply_add<G, n>(weight, Lanes<G, n>{} + weight_decay_, gradient);
   }
 
@@ -131,20 +166,32 @@ class SgdUpdate {
 
   static Lanes<C, n> splat(C value) { return value - Lanes<C, n>{}; }
 
-  const SgdOptions options_;
+  [[no_unique_address]] const Terms given_;
   const G scale_, weight_decay_;
   const V momentum_;
   const C lookahead_, gain_, rate_;
 };
 
+template <typename P, typename M, typename Terms>
+void sgd_chunk_of(const SgdChunk& chunk, const SgdOptions& options) {
+  const SgdUpdate<P, M, Terms> update(options);
+  if (chunk.is_listed) {
+    update.listed_groups(chunk);
+  } else {
+    update.all_groups(chunk);
+  }
+}
+
 template <typename P, typename M>
 void sgd_chunk(const SgdChunk& chunk, const SgdOptions& options) {
-  const SgdUpdate<P, M> update(options);
-  if (chunk.groups == nullptr) {
-    update.all_groups(chunk);
-  } else {
-    update.listed_groups(chunk);
-  }
+  using Decayed = UsualTerms<true, false>;
+  using Nesterov = UsualTerms<true, true>;
+  using Undecayed = UsualTerms<false, false>;
+  const SgdTerms terms = terms_of(options);
+  if (terms == Decayed::terms) return sgd_chunk_of<P, M, Decayed>(chunk, options);
+  if (terms == Nesterov::terms) return sgd_chunk_of<P, M, Nesterov>(chunk, options);
+  if (terms == Undecayed::terms) return sgd_chunk_of<P, M, Undecayed>(chunk, options);
+  sgd_chunk_of<P, M, AnyTerms>(chunk, options);
 }
 
 template <typename P>

@@ -107,8 +107,8 @@ std::vector<SgdTensor> tensors_of(std::vector<Weights>& list) {
 
 void test_update(Dtype param, Dtype momentum, const SgdOptions& options, const Parallel& parallel) {
   std::vector<Weights> weights, expected;
-  // Around a group, a word of groups, a chunk of 16 384 weights; densities on both sides of every change of method.
-  for (const int64_t numel : {0, 1, 7, 8, 9, 63, 64, 65, 1009, 16'383, 16'384, 16'385, 33'001}) {
+  // Around a group, a word of groups, a chunk of 65 536 weights; densities on both sides of every change of method.
+  for (const int64_t numel : {0, 1, 7, 8, 9, 63, 64, 65, 1009, 33'001, 65'535, 65'536, 65'537}) {
     for (const double active : {0.0, 0.002, 0.02, 0.1, 0.5, 1.0}) {
       weights.push_back(random_weights(numel, active, param, momentum));
     }
@@ -166,6 +166,8 @@ int main() {
   constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBfloat16, Dtype::kFloat16, Dtype::kFloat64};
   constexpr SgdOptions kPlain = {.lr = 0.1};
   constexpr SgdOptions kMomentum = {.lr = 0.1, .momentum = 0.9, .weight_decay = 1e-4};
+  constexpr SgdOptions kUndecayed = {.lr = 0.1, .momentum = 0.9};
+  constexpr SgdOptions kNesterov = {.lr = 0.1, .momentum = 0.9, .weight_decay = 1e-4, .nesterov = true};
   constexpr SgdOptions kEverything = {.lr = 0.03,
                                       .momentum = 0.9,
                                       .dampening = 0.3,
@@ -180,6 +182,8 @@ int main() {
       test_update(param, momentum, kMomentum, StdThreads(3));
     }
     test_update(param, param, kPlain, Serial());
+    test_update(param, param, kUndecayed, Serial());
+    test_update(param, param, kNesterov, Serial());
     test_update(param, param, kFirst, Serial());
   }
   test_inactive_weights_keep_their_bits();
