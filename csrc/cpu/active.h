@@ -38,6 +38,9 @@ struct Positions {
   bool rising;  // in a source that is in no cache, so what they name is fetched ahead
 };
 
+// Nanoseconds that a value takes where those before it are in other cache lines and none is in a cache, about.
+constexpr double kFetchedIn = 5;
+
 // values[i] = source[at.data[i]] in float32, rounded to bfloat16 if asked, for i < at.count.
 void gather(const void* source, Element element, const Positions& at, bool to_bfloat16, float* values,
             const Parallel& parallel);

@@ -126,17 +126,16 @@ Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored,
   check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
   check_contiguous(stored, ScalarType::Float, "stored", "float32");
   STD_TORCH_CHECK(stored.numel() == count, "stored: expected ", count, " elements, got ", stored.numel());
-  const TorchThreads threads(static_cast<double>(count) * 2);
   if (!is_fetched) {
     cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
                 {static_cast<const int32_t*>(known.positions.const_data_ptr()), count, true}, to_bfloat16,
-                static_cast<float*>(stored.mutable_data_ptr()), threads);
+                static_cast<float*>(stored.mutable_data_ptr()), TorchThreads(static_cast<double>(count) * cpu::kFetchedIn));
   }
   if (is_in_runs(index)) return stored;
   STD_TORCH_CHECK(index[2].numel() == count, "index[2]: expected ", count, " elements, got ", index[2].numel());
   Tensor values = torch::stable::new_empty(stored, {count}, ScalarType::Float);
   cpu::gather(stored.const_data_ptr(), cpu::Element::kFloat32, {ranks_of(index), count, false}, false,
-              static_cast<float*>(values.mutable_data_ptr()), threads);
+              static_cast<float*>(values.mutable_data_ptr()), TorchThreads(static_cast<double>(count)));
   return values;
 }
 
