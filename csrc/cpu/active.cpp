@@ -14,7 +14,7 @@ constexpr int64_t kGathered = 4096;  // values that a thread takes at once
 // out of all caches, 95 and 98 % of them inactive, on one thread: 0.68 and 0.39 ms into the first level of caches, 0.47
 // and 0.23 into the second, which has more lines under way.
 constexpr int64_t kGatheredAhead = 192;
-constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
+constexpr int kSecondLevel = 2;                // __builtin_prefetch's word for it
 constexpr int64_t kSpread = int64_t{1} << 16;  // weights that are cleared, and then written, while in the cache
 
 template <typename Type, typename Convert>

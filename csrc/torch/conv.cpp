@@ -129,7 +129,8 @@ Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored,
   if (!is_fetched) {
     cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
                 {static_cast<const int32_t*>(known.positions.const_data_ptr()), count, true}, to_bfloat16,
-                static_cast<float*>(stored.mutable_data_ptr()), TorchThreads(static_cast<double>(count) * cpu::kFetchedIn));
+                static_cast<float*>(stored.mutable_data_ptr()),
+                TorchThreads(static_cast<double>(count) * cpu::kFetchedIn));
   }
   if (is_in_runs(index)) return stored;
   STD_TORCH_CHECK(index[2].numel() == count, "index[2]: expected ", count, " elements, got ", index[2].numel());
