@@ -39,7 +39,7 @@ struct Positions {
 };
 
 // Nanoseconds that a value takes where those before it are in other cache lines and none is in a cache, about.
-constexpr double kFetchedIn = 5;
+constexpr double kFetchNanoseconds = 5;
 
 // values[i] = source[at.data[i]] in float32, rounded to bfloat16 if asked, for i < at.count.
 void gather(const void* source, Element element, const Positions& at, bool to_bfloat16, float* values,

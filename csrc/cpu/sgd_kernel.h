@@ -5,22 +5,17 @@
 // its factor in the momentum's, and from there on in the wider of the two.
 #pragma once
 
+#include "common/prefetch.h"
 #include "common/simd_dtypes.h"
 #include "cpu/sgd_chunk.h"
 #include "cpu/sgd_list.h"
 
 namespace granet::cpu::GRANET_ISA {
 
-// Where most groups are passed over, those of the next list are fetched, for the processor's own prefetchers fetch the
-// wrong lines. Into the second level, which does not set off the first level's prefetchers: with 28 % of the lines in
-// use, 0.6 of the time of prefetching into the first, which gained nothing.
-constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
-
 // Words of the mask, 256 bytes of each fp32 tensor, by which the lines of every group are fetched ahead where that is
 // done (sgd.cpp), into the first level. When it was new it took 0.93 of the time on one thread (8 to 12 words alike; 4
 // and 6, or the second level, gained nothing), and as long on two, which wait for memory; on which Zen is not certain.
 constexpr int64_t kWordsAhead = 10;
-constexpr int kFirstLevel = 3;
 
 // Which terms the update of a weight has.
 struct SgdTerms {
@@ -102,6 +97,8 @@ class SgdUpdate {
  private:
   static constexpr uint32_t kAll = 0xff;
 
+  // The processor's own prefetchers would fetch the wrong lines. With 28 % of the lines in use the second level of
+  // caches takes 0.6 of the time of prefetching into the first, which gained nothing.
   void take_turns(const SgdChunk& chunk, const GroupList& now, const GroupList& next) const {
     const int64_t both = now.size() < next.size() ? now.size() : next.size();
     for (int64_t i = 0; i < both; ++i) {
@@ -123,9 +120,9 @@ class SgdUpdate {
 
   template <int level>
   static void prefetch(const SgdChunk& chunk, int64_t g) {  // at any address: what is behind the end is no fault
-    __builtin_prefetch(static_cast<P*>(chunk.param) + kMaxLanes * g, 0, level);
-    __builtin_prefetch(static_cast<const P*>(chunk.grad) + kMaxLanes * g, 0, level);
-    __builtin_prefetch(static_cast<M*>(chunk.momentum) + kMaxLanes * g, 0, level);
+    __builtin_prefetch(static_cast<P*>(chunk.param) + kMaxLanes * g, kToRead, level);
+    __builtin_prefetch(static_cast<const P*>(chunk.grad) + kMaxLanes * g, kToRead, level);
+    __builtin_prefetch(static_cast<M*>(chunk.momentum) + kMaxLanes * g, kToRead, level);
   }
 
   template <bool all>

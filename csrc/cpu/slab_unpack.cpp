@@ -2,6 +2,7 @@
 #include <cstddef>
 
 #include "common/bits.h"
+#include "common/prefetch.h"
 #include "cpu/slab.h"
 #include "cpu/slab_copy.h"
 
@@ -42,7 +43,6 @@ void unpack_four_images(const Run* runs, const Part& part, int64_t lanes, const 
 void unpack_images(const Runs& runs, const ImageView& view, const float* sums, int64_t width, int64_t position,
                    int64_t count, int64_t first, int64_t channels) {
   constexpr int64_t kChannelsAhead = 2;
-  constexpr int kToWrite = 1;  // __builtin_prefetch's word for it
   for (size_t r = 0; r < runs.runs.size(); r += 4) {
     const Run* four = &runs.runs[r];
     const Part part = part_of(four[0], runs.lanes, position, count);
@@ -150,7 +150,6 @@ void add_residual(const Runs& runs, const ImageView& view, const Finish& finish,
 
 // The lines of so many floats.
 void fetch_to_write(const float* target, int64_t count) {
-  constexpr int kToWrite = 1;  // __builtin_prefetch's word for it
   constexpr int64_t kLineFloats = 16;
   for (int64_t i = 0; i < count; i += kLineFloats) __builtin_prefetch(target + i, kToWrite);
 }

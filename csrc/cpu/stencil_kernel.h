@@ -1,5 +1,6 @@
 // The kernels of a stencil (stencil.h), compiled once for each instruction set.
 
+#include "common/prefetch.h"
 #include "common/simd.h"
 #include "cpu/stencil_tables.h"
 
@@ -58,10 +59,9 @@ void finish_row(const Floats (&sum)[kTile], const DirectTarget& direct, int64_t 
 // A tile's worth of floats, into the second level, which does not set off the first level's prefetchers.
 template <int kTile>
 void prefetch_tile(const float* source) {
-  constexpr int kSecondLevel = 2;  // __builtin_prefetch's word for it
   constexpr int kFloats = kTile * kLanes;
-  for (int i = 0; i < kFloats; i += kLine) __builtin_prefetch(source + i, 0, kSecondLevel);
-  __builtin_prefetch(source + kFloats - 1, 0, kSecondLevel);  // a tile rarely begins at a line
+  for (int i = 0; i < kFloats; i += kLine) __builtin_prefetch(source + i, kToRead, kSecondLevel);
+  __builtin_prefetch(source + kFloats - 1, kToRead, kSecondLevel);  // a tile rarely begins at a line
 }
 
 // Fetches the next tile's planes, evenly over the rows of this one.
@@ -85,7 +85,6 @@ class Prefetch {
 
 // The target's lines of a row, while the row before is computed: a store of part of a line waits for all of it.
 inline void fetch_target(const DirectTarget& direct, int64_t row) {
-  constexpr int kToWrite = 1;  // __builtin_prefetch's word for it
   constexpr int64_t kLineFloats = 16;
   const float* target = direct.target + row * direct.plane;
   for (const Segment* s = direct.segments; s != direct.segments + direct.count; ++s) {

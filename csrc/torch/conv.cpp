@@ -130,7 +130,7 @@ Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored,
     cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
                 {static_cast<const int32_t*>(known.positions.const_data_ptr()), count, true}, to_bfloat16,
                 static_cast<float*>(stored.mutable_data_ptr()),
-                TorchThreads(static_cast<double>(count) * cpu::kFetchedIn));
+                TorchThreads(static_cast<double>(count) * cpu::kFetchNanoseconds));
   }
   if (is_in_runs(index)) return stored;
   STD_TORCH_CHECK(index[2].numel() == count, "index[2]: expected ", count, " elements, got ", index[2].numel());

@@ -64,7 +64,7 @@ Tensor active_positions(Tensor mask, int64_t weights) {
 Tensor gather(Tensor source, Tensor at, bool to_bfloat16, bool rising) {
   check_contiguous(at, ScalarType::Int, "at", "int32");
   Tensor values = torch::stable::new_empty(at, {at.numel()}, ScalarType::Float);
-  const double nanoseconds = static_cast<double>(at.numel()) * (rising ? cpu::kFetchedIn : 1);
+  const double nanoseconds = static_cast<double>(at.numel()) * (rising ? cpu::kFetchNanoseconds : 1);
   cpu::gather(source.const_data_ptr(), element_of(source, "source"),
               {static_cast<const int32_t*>(at.const_data_ptr()), at.numel(), rising}, to_bfloat16,
               static_cast<float*>(values.mutable_data_ptr()), TorchThreads(nanoseconds));

@@ -93,7 +93,7 @@ def masked_linear_backward(
         backward = Backward(
             _call_of(active, "input_gradient", input, weight),
             _call_of(active, "forward", input, weight),
-            writes_as_is=True,
+            writes_as_is=torch.empty_like(input).is_contiguous(),
         )
         signature = _signature("backward", algorithm, input, weight, bias, grad_output)
         active.keep(signature, backward)
@@ -147,7 +147,7 @@ def _sparse_backward(
     grad_input = torch.empty_like(input) if needs[0] else None
     grad_weight = torch.empty_like(weight) if needs[1] else None
     target = grad_input
-    if grad_input is not None and not grad_input.is_contiguous():
+    if grad_input is not None and not backward.writes_as_is:
         target = torch.empty(input.shape, dtype=input.dtype)
     rows = None if target is None else as_rows(target)
     others = as_rows(grad_output), as_rows(input)
