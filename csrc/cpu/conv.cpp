@@ -134,13 +134,26 @@ bool is_larger_than_caches(const Stencil& s) {
 
 DirectTarget direct_target(const Stencil& s, const ImageView& target, const Finish& finish,
                            const std::vector<Segment>& segments) {
-  return {static_cast<float*>(target.data),
-          static_cast<const float*>(finish.residual),
-          target.channel_stride,
-          segments.data(),
-          static_cast<int64_t>(segments.size()),
-          finish.relu,
-          is_larger_than_caches(s)};
+  DirectTarget direct{.target = static_cast<float*>(target.data),
+                      .residual = static_cast<const float*>(finish.residual),
+                      .plane = target.channel_stride,
+                      .segments = segments.data(),
+                      .count = static_cast<int64_t>(segments.size()),
+                      .relu = finish.relu,
+                      .streams = is_larger_than_caches(s),
+                      .is_one_piece = !segments.empty(),
+                      .held = {}};
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const auto& [position, length, at] = segments[i];
+    direct.is_one_piece &= i == 0 || at == segments[i - 1].target + segments[i - 1].length;
+    for (int64_t p = position; p < position + length;) {  // vector by vector
+      const int64_t lane = p % kWidestVector, lanes = std::min(kWidestVector - lane, position + length - p);
+      uint16_t& held = direct.held[p / kWidestVector];
+      held = static_cast<uint16_t>(held | ((1u << lanes) - 1) << lane);
+      p += lanes;
+    }
+  }
+  return direct;
 }
 
 // The share of its planes that is fetched with a block.
@@ -182,7 +195,7 @@ struct TileInPlace {
   }
 };
 
-TileInPlace tile_in_place(const Stencil& s, const Plan& plan, const Unit& unit, int64_t position) {
+TileInPlace tile_in_place(const Plan& plan, const Unit& unit, int64_t position) {
   const int64_t wanted = unit.first_row + position;
   const int64_t start = std::min(wanted, plan.plane - plan.tile * plan.vector);
   return {unit.first_image, start, wanted - start};
@@ -191,9 +204,9 @@ TileInPlace tile_in_place(const Stencil& s, const Plan& plan, const Unit& unit, 
 // The tile after that at `position` of a unit; as a rule the thread's own next one.
 std::optional<TileInPlace> tile_after(const Stencil& s, const Plan& plan, int64_t unit, int64_t position) {
   const int64_t next = position + plan.tile * plan.vector;
-  if (const Unit same = unit_of(s, plan, unit); next < same.rows) return tile_in_place(s, plan, same, next);
+  if (const Unit same = unit_of(s, plan, unit); next < same.rows) return tile_in_place(plan, same, next);
   if (unit + 1 == plan.units()) return std::nullopt;
-  return tile_in_place(s, plan, unit_of(s, plan, unit + 1), 0);
+  return tile_in_place(plan, unit_of(s, plan, unit + 1), 0);
 }
 
 Next planes_of(const std::optional<TileInPlace>& tile, const Stencil& s, const Plan& plan, const ImageView& source) {
@@ -212,7 +225,7 @@ void run_in_place(const Stencil& s, const Plan& plan, const StencilEntries& entr
   Shifts shifts(s, plan);
   std::vector<Segment> segments(1);
   for (int64_t position = 0; position < unit.rows; position += width) {
-    const TileInPlace tile = tile_in_place(s, plan, unit, position);
+    const TileInPlace tile = tile_in_place(plan, unit, position);
     const int64_t first = tile.image * target.image_stride + tile.start + tile.repeated;
     segments[0] = {tile.repeated, width - tile.repeated, first};  // what is repeated may be another thread's
     shifts.find(tile.start);
@@ -308,7 +321,7 @@ void correlate_in_place(const Stencil& s, const Plan& plan, const StencilEntries
   const ImageView factors = from_channel(target, rows.first);
   Shifts shifts(s, plan);
   for (int64_t position = 0; position < unit.rows; position += width) {
-    const TileInPlace tile = tile_in_place(s, plan, unit, position);
+    const TileInPlace tile = tile_in_place(plan, unit, position);
     const std::optional<TileInPlace> after = tile_after(s, plan, index, position);
     const auto* slab = tile.in<const float>(source);
     const auto* own = tile.in<const float>(factors);
@@ -333,7 +346,7 @@ void correlate_packed(const Stencil& s, const Plan& plan, const StencilEntries& 
                       const ImageView& target, int64_t index, Rows rows, float* sums) {
   const int64_t width = plan.tile * plan.vector;
   const Unit unit = unit_of(s, plan, index);
-  const int64_t plane = (ceil_div(plan.positions() + width, kLine) | 1) * kLine;
+  const int64_t plane = (ceil_div(plan.positions(), kLine) | 1) * kLine;
   const ScratchScope scratch;
   float* slab = take_floats(scratch, s.channels * s.phases() * plan.plane);
   float* factors = take_floats(scratch, rows.count * plane);

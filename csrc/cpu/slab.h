@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/slab_tables.h"
 #include "cpu/stencil.h"
 
 namespace granet::cpu {
@@ -25,23 +26,12 @@ struct ImageView {
   int64_t pixels;
 };
 
-// Positions position, position + lanes, … (length of them) hold the elements origin, origin + step, …
-struct Run {
-  int64_t position;
-  int64_t length;
-  int64_t origin;  // in elements, for channel 0
-};
-
-struct Gap {
-  int64_t position;
-  int64_t length;
-};
-
 struct Runs {
   std::vector<Run> runs;
   std::vector<Gap> gaps;  // filled with zeros before the runs are copied; positions that neither names are in no use
   int64_t lanes;
   int64_t step;      // elements
+  int64_t floats;    // of a plane
   bool interleaved;  // each `lanes` successive runs are those of images next to one another
 };
 

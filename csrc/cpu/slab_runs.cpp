@@ -21,7 +21,7 @@ void add_pixel_runs(const RunsOf& what, const ImageView& view, Runs& result) {
 }  // namespace
 
 Runs make_runs(const RunsOf& what, const ImageView& view) {
-  Runs result{{}, {}, what.lanes, what.scale.w * view.x_stride, false};
+  Runs result{{}, {}, what.lanes, what.scale.w * view.x_stride, what.floats, false};
   const auto add_gap = [&](int64_t position, int64_t length) {
     if (length <= 0) return;
     if (!result.gaps.empty() && result.gaps.back().position + result.gaps.back().length == position) {

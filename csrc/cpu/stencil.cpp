@@ -22,12 +22,11 @@ bool can_read_in_place(const ConvShape& s) {
 }
 
 // A product with a masked load takes 1.2 to 1.35 of the time of one from the slab, for the mask is loaded too. So
-// packing is worth its time from so many products on that each element of the source takes part in: on a Zen 4, packed
-// and in place took the same with about 30, and with 60 where a row is several vectors, whose ends are then rare. With
-// 12 of 56 x 56 pixels in place took 0.6 to 0.7 of the time, with 23 of 28 x 28 and of 16 x 16 pixels 0.85, with 29 of
-// 32 x 32 as long.
+// packing is worth its time from so many products on that each element of the source takes part in. On a Zen 4, in
+// place took 0.85 to 1.0 of the time with 12 and 17 of them, 1.05 with 23 and 1.08 with 24; where a row is several
+// vectors, whose ends are then rare, 0.8 with 12, 0.88 with 17 and as long with 23 and 29.
 bool is_faster_in_place(const ConvShape& s, int64_t planes, int64_t entries) {
-  constexpr int64_t kMostProducts = 24, kMostInLongRows = 32, kLongRow = 48;
+  constexpr int64_t kMostProducts = 20, kMostInLongRows = 32, kLongRow = 48;
   if (s.kernel.h * s.kernel.w == 1) return true;
   return entries <= planes * (s.input.w < kLongRow ? kMostProducts : kMostInLongRows);
 }
@@ -79,7 +78,6 @@ namespace {
 constexpr int64_t kSlabBytes = int64_t{1} << 19;    // a packed band, half of a second-level cache
 constexpr int64_t kBlockBytes = int64_t{24} << 10;  // of a first-level cache of 32 KiB
 constexpr int64_t kRowProducts = 96;                // vectors that a row multiplies in a block
-constexpr int64_t kWideInPairs = 12;                // columns of an image that is large enough to be taken alone
 constexpr int64_t kBandTiles = 4;                   // that a thread takes at once, in place
 
 int64_t vector_floats() { return isa() == Isa::kAvx512 ? 16 : isa() == Isa::kAvx2 ? 8 : 4; }
@@ -130,6 +128,22 @@ Plan plan_in_place(const Stencil& s, int64_t entries) {
   return plan;
 }
 
+// Whether as many images as a vector has lanes are interleaved. Loads are of whole lines then, which take 0.7 of the
+// time of those that cross one, and the short rows of small images fill vectors; but packing and unpacking transpose,
+// and the slab is too large for the second-level cache. On a Zen 4 with AVX-512, images of 14 x 14 to 28 x 28 pixels
+// one by one took 0.7 to 0.83 of the time with up to 46 products for each element of the source, 0.9 with 58, as long
+// with 115 and 1.15 with 230; of 8 x 8 as long with 46 and twice as long of 4 x 4.
+bool interleaves(const Stencil& s, int64_t entries, int64_t vector) {
+  constexpr int64_t kWide = 12;          // columns of an image that is large enough to be taken alone
+  constexpr int64_t kMostProducts = 96;  // for each element of the source
+  if (s.batch < vector || s.source.w == 1 || s.grid.w >= 2 * vector) return false;
+  if (s.grid.w < kWide) return true;
+  // Columns that are unpacked in pairs (slab.h) are not interleaved as well: with 28 of them that takes 0.5 to 0.9 of
+  // the time, with 14 0.7 to 0.9, with 8 as long and with 4 half as long again.
+  if (s.spread.w == 2) return false;
+  return entries * s.grid.h * s.grid.w > kMostProducts * s.channels * s.source.h * s.source.w;
+}
+
 }  // namespace
 
 Plan plan_for(const Stencil& s, int64_t entries, bool in_place) {
@@ -137,11 +151,7 @@ Plan plan_for(const Stencil& s, int64_t entries, bool in_place) {
   Plan plan{};
   plan.vector = vector_floats();
   plan.row = row_length(s);
-  // Columns that are unpacked in pairs (slab.h) are not interleaved as well: with 28 of them that takes 0.5 to 0.9 of
-  // the time, with 14 0.7 to 0.9, with 8 as long and with 4 half as long again.
-  const int64_t wide = s.spread.w == 2 ? kWideInPairs : 2 * plan.vector;
-  const bool small = s.grid.w < wide && s.batch >= plan.vector && s.source.w > 1;
-  plan.lanes = small ? plan.vector : 1;
+  plan.lanes = interleaves(s, entries, plan.vector) ? plan.vector : 1;
   plan.image_groups = ceil_div(s.batch, plan.lanes);
   const int64_t planes = s.channels * s.phases();
   const int64_t row_floats = plan.row * plan.lanes;
@@ -153,7 +163,7 @@ Plan plan_for(const Stencil& s, int64_t entries, bool in_place) {
   plan.bands = ceil_div(s.grid.h, plan.band);
   const int64_t vectors = ceil_div(plan.positions(), plan.vector);
   plan.tile = ceil_div(vectors, ceil_div(vectors, kMostVectors));
-  const int64_t floats = (plan.band + s.reach.h) * row_floats + (s.reach.w + 1) * plan.lanes + plan.tile * plan.vector;
+  const int64_t floats = vectors * plan.vector + s.reach.h * row_floats + s.reach.w * plan.lanes;
   const int64_t lines = ceil_div(floats, kLine);
   plan.plane = (lines | 1) * kLine;  // an odd number of lines: planes spread over all sets of a cache
   const int64_t window = (plan.tile * plan.vector + s.reach.h * row_floats + s.reach.w * plan.lanes) * s.phases();

@@ -2,6 +2,7 @@
 
 #include "common/prefetch.h"
 #include "common/simd.h"
+#include "common/simd_rows.h"
 #include "cpu/stencil_tables.h"
 
 namespace granet::cpu::GRANET_ISA {
@@ -15,6 +16,28 @@ inline Value finish(Value value, const float* residual, bool relu) {
   }
   return relu ? (value < 0.0f ? Value{} : value) : value;  // a NaN stays
 }
+
+#if GRANET_AVX512
+// Segments that follow one another: each vector without what lies between them, over what the one before wrote too
+// much.
+template <int kTile>
+void finish_one_piece(const Floats (&sum)[kTile], const DirectTarget& direct, float* target, const float* residual) {
+  const Segment& last = direct.segments[direct.count - 1];
+  const int64_t end = last.target + last.length;
+  int64_t at = direct.segments->target;
+  for (int t = 0; t < kTile; ++t) {
+    const Floats held = Floats(_mm512_maskz_compress_ps(direct.held[t], sum[t]));
+    const int64_t count = __builtin_popcount(direct.held[t]);
+    if (end - at >= kLanes) {
+      store(target + at, finish(held, residual == nullptr ? nullptr : residual + at, direct.relu));
+    } else if (count > 0) {
+      const Floats added = residual == nullptr ? Floats{} : load_first(residual + at, count);
+      store_first(target + at, finish(residual == nullptr ? held : held + added, nullptr, direct.relu), count);
+    }
+    at += count;
+  }
+}
+#endif
 
 template <int kTile>
 void finish_row(const Floats (&sum)[kTile], const DirectTarget& direct, int64_t row) {
@@ -36,6 +59,9 @@ void finish_row(const Floats (&sum)[kTile], const DirectTarget& direct, int64_t 
     }
     return;
   }
+#if GRANET_AVX512
+  if (direct.is_one_piece) return finish_one_piece(sum, direct, target, residual);
+#endif
   alignas(kVectorBytes) float sums[kTile * kLanes];
   for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
   for (const Segment* s = direct.segments; s != direct.segments + direct.count; ++s) {

@@ -43,6 +43,10 @@ struct DirectTarget {
   int64_t count;
   bool relu;
   bool streams;  // past the caches
+  // Whether the segments follow one another in the target too; then the lanes of each vector, at most 16, that they
+  // hold.
+  bool is_one_piece;
+  uint16_t held[kMostVectors];
 };
 
 // The source of the tile after this one: a tile's worth of each of `planes` planes, fetched while this one is computed,
