@@ -117,21 +117,24 @@ bool are_those_of(const Tensor& bits, const Tensor& mask) {
   return bits.numel() == mask.numel() && std::memcmp(bits.const_data_ptr(), mask.const_data_ptr(), size) == 0;
 }
 
-// The active weights as an index wants them (cpu/stencil_tables.h), in float32. They are fetched in storage order
-// first, into `stored`, unless they are there: what takes time is the cache lines of the weight.
-Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored, bool is_fetched,
-                 const std::vector<Tensor>& index, bool to_bfloat16) {
+// The values of the active weights in storage order, in float32: what takes time is the cache lines of the weight.
+Tensor fetched(const Tensor& weight, const Known& known, bool to_bfloat16) {
+  const int64_t count = known.positions.numel();
+  Tensor values = torch::stable::new_empty(known.positions, {count}, ScalarType::Float);
+  cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
+              {static_cast<const int32_t*>(known.positions.const_data_ptr()), count, true}, to_bfloat16,
+              static_cast<float*>(values.mutable_data_ptr()),
+              TorchThreads(static_cast<double>(count) * cpu::kFetchNanoseconds));
+  return values;
+}
+
+// The same as an index wants them (cpu/stencil_tables.h).
+Tensor ordered(const Tensor& stored, const Known& known, const std::vector<Tensor>& index) {
   const int64_t count = known.positions.numel();
   STD_TORCH_CHECK(index.size() == 4 && entries_in(index) == count, "index: expected 4 tensors and ", count, " entries");
   check_contiguous(index[2], ScalarType::Int, "index[2]", "int32");
   check_contiguous(stored, ScalarType::Float, "stored", "float32");
   STD_TORCH_CHECK(stored.numel() == count, "stored: expected ", count, " elements, got ", stored.numel());
-  if (!is_fetched) {
-    cpu::gather(weight.const_data_ptr(), element_of(weight, "weight"),
-                {static_cast<const int32_t*>(known.positions.const_data_ptr()), count, true}, to_bfloat16,
-                static_cast<float*>(stored.mutable_data_ptr()),
-                TorchThreads(static_cast<double>(count) * cpu::kFetchNanoseconds));
-  }
   if (is_in_runs(index)) return stored;
   STD_TORCH_CHECK(index[2].numel() == count, "index[2]: expected ", count, " elements, got ", index[2].numel());
   Tensor values = torch::stable::new_empty(stored, {count}, ScalarType::Float);
@@ -139,6 +142,9 @@ Tensor values_of(const Tensor& weight, const Known& known, const Tensor& stored,
               static_cast<float*>(values.mutable_data_ptr()), TorchThreads(static_cast<double>(count)));
   return values;
 }
+
+// Computed in the input's dtype, whatever the weight's.
+bool rounds_to_bfloat16(const Tensor& input) { return input.scalar_type() == ScalarType::BFloat16; }
 
 void check_weight(const Tensor& weight, const ConvShape& shape, const char* name) {
   STD_TORCH_CHECK(is_dense(weight) && weight.numel() == shape.weights(), name, ": expected a dense tensor of ",
@@ -188,42 +194,66 @@ void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor
            shape_of(numbers), in_place);
 }
 
-// With a weight and its mask; `stored` takes the values of the active weights. False, and nothing done, where the mask
+// In the input's dtype; (rows, channels) of rows, else contiguous or channels_last.
+Tensor new_output(const Tensor& input, const ConvShape& shape, bool channels_last) {
+  if (input.dim() == 2) return torch::stable::new_empty(input, {shape.batch, shape.out_channels});
+  const Pair size = shape.output();
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::empty({shape.batch, shape.out_channels, size.h, size.w}, input.scalar_type(), std::nullopt,
+                              std::nullopt, std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// With a weight and its mask: the output, and the values of the active weights in storage order. Nothing where the mask
 // has other bits than the index was built from.
-bool masked_conv_(Tensor target, Tensor input, Tensor weight, Tensor stored, Tensor mask,
-                  std::vector<Tensor> known_tensors, std::vector<Tensor> index, std::optional<Tensor> bias,
-                  std::vector<int64_t> numbers, bool in_place) {
+std::vector<Tensor> masked_conv(Tensor input, Tensor weight, Tensor mask, std::vector<Tensor> known_tensors,
+                                std::vector<Tensor> index, std::optional<Tensor> bias, std::vector<int64_t> numbers,
+                                bool in_place, bool channels_last) {
   const ConvShape shape = shape_of(numbers);
   check_weight(weight, shape, "weight");
   const Known known = known_of(known_tensors, shape.weights());
-  if (!are_those_of(known.bits, mask)) return false;
-  const bool to_bfloat16 = input.scalar_type() == ScalarType::BFloat16;  // computed in the input's dtype
-  const Tensor values = values_of(weight, known, stored, false, index, to_bfloat16);
-  convolve(target, input, static_cast<const float*>(values.const_data_ptr()), index, bias, std::nullopt, false, shape,
+  if (!are_those_of(known.bits, mask)) return {};
+  const Tensor stored = fetched(weight, known, rounds_to_bfloat16(input));
+  const Tensor values = ordered(stored, known, index);
+  const Tensor output = new_output(input, shape, channels_last);
+  convolve(output, input, static_cast<const float*>(values.const_data_ptr()), index, bias, std::nullopt, false, shape,
            in_place);
-  return true;
+  return {output, stored};
 }
 
-// gradient = the transpose of conv(., values), of grad_output.
-void input_gradient(const Tensor& gradient, const Tensor& grad_output, const float* values,
-                    const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
+// Whether the kernels can write a tensor as it is: pixels lie evenly spaced in memory.
+bool is_evenly_spaced(const Tensor& tensor) {
+  return tensor.dim() == 2 || tensor.size(2) <= 1 || tensor.size(3) <= 1 ||
+         tensor.stride(2) == tensor.size(3) * tensor.stride(3);
+}
+
+// The transpose of conv(., values), of grad_output, in the layout of the input.
+Tensor input_gradient(const Tensor& input, const Tensor& grad_output, const float* values,
+                      const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
   check_in_place(shape, in_place);
   const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, values);
-  check_size(gradient, "gradient", shape.batch, shape.channels, shape.input);
+  check_size(input, "input", shape.batch, shape.channels, shape.input);
+  const Tensor gradient = torch::stable::empty_like(input);
+  const Tensor written =
+      is_evenly_spaced(gradient)
+          ? gradient
+          : torch::stable::new_empty(input, {shape.batch, shape.channels, shape.input.h, shape.input.w});
   const ImageView source = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
-  const ImageView target = view_of(gradient, "gradient", in_place || is_pointwise(shape));
+  const ImageView target = view_of(written, "gradient", in_place || is_pointwise(shape));
   check_planes(source, shape, in_place, "grad_output");
   check_planes(target, shape, in_place, "gradient");
-  prefer_large_pages(gradient);
+  prefer_large_pages(written);
   cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
                    TorchThreads(time_of(shape, entries_in(index))));
+  if (written.const_data_ptr() == gradient.const_data_ptr()) return gradient;
+  Tensor result = gradient;
+  return torch::stable::copy_(result, written);
 }
 
-// gradient, whose storage order is the weight's: zero but for the active weights.
-void weight_gradient(const Tensor& gradient, const Tensor& grad_output, const Tensor& input, const Known& known,
-                     const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
-  check_weight(gradient, shape, "gradient");
+// In the layout of the weight: zero but for the active weights.
+Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Tensor& input, const Known& known,
+                       const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
   check_in_place(shape, in_place);
   const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, nullptr);
@@ -243,33 +273,37 @@ void weight_gradient(const Tensor& gradient, const Tensor& grad_output, const Te
   if (source.element == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
     for (int64_t i = 0; i < count; ++i) sums[i] = round_to_bfloat16(sums[i]);
   }
+  const Tensor gradient = torch::stable::empty_like(weight);
   prefer_large_pages(gradient);
   cpu::spread(sums, static_cast<const int32_t*>(known.positions.const_data_ptr()), count, gradient.mutable_data_ptr(),
               element_of(gradient, "gradient"), shape.weights(),
               TorchThreads(static_cast<double>(shape.weights()) * 0.2 + static_cast<double>(count)));
+  return gradient;
 }
 
-// The gradients that are given. `stored` as above; where `is_fetched` it holds the values already.
-bool masked_conv_backward_(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, Tensor grad_output,
-                           Tensor input, Tensor weight, Tensor stored, bool is_fetched, Tensor mask,
-                           std::vector<Tensor> known_tensors, std::vector<Tensor> input_index,
-                           std::vector<Tensor> weight_index, std::vector<int64_t> numbers, bool input_in_place,
-                           bool weight_in_place) {
+// The gradients that are needed, of the input and of the weight; `stored` as above, if it is at hand. Nothing where the
+// mask has other bits.
+std::vector<Tensor> masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> stored,
+                                         Tensor mask, std::vector<Tensor> known_tensors,
+                                         std::vector<Tensor> input_index, std::vector<Tensor> weight_index,
+                                         std::vector<int64_t> numbers, bool input_in_place, bool weight_in_place,
+                                         bool needs_input, bool needs_weight) {
   const ConvShape shape = shape_of(numbers);
   check_weight(weight, shape, "weight");
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   const Known known = known_of(known_tensors, shape.weights());
-  if (!are_those_of(known.bits, mask)) return false;
-  if (grad_input.has_value()) {
-    const bool to_bfloat16 = input.scalar_type() == ScalarType::BFloat16;
-    const Tensor values = values_of(weight, known, stored, is_fetched, input_index, to_bfloat16);
-    input_gradient(*grad_input, grad_output, static_cast<const float*>(values.const_data_ptr()), input_index, shape,
-                   input_in_place);
+  std::vector<Tensor> gradients;
+  if (!are_those_of(known.bits, mask)) return gradients;
+  if (needs_input) {
+    const Tensor values =
+        ordered(stored.has_value() ? *stored : fetched(weight, known, rounds_to_bfloat16(input)), known, input_index);
+    gradients.push_back(input_gradient(input, grad_output, static_cast<const float*>(values.const_data_ptr()),
+                                       input_index, shape, input_in_place));
   }
-  if (grad_weight.has_value()) {
-    weight_gradient(*grad_weight, grad_output, input, known, weight_index, shape, weight_in_place);
+  if (needs_weight) {
+    gradients.push_back(weight_gradient(weight, grad_output, input, known, weight_index, shape, weight_in_place));
   }
-  return true;
+  return gradients;
 }
 
 }  // namespace
@@ -279,18 +313,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");
   m.def(
-      "masked_conv_(Tensor(a!) target, Tensor input, Tensor weight, Tensor(b!) stored, Tensor mask, Tensor[] known, "
-      "Tensor[] index, Tensor? bias, int[] shape, bool in_place) -> bool");
+      "masked_conv(Tensor input, Tensor weight, Tensor mask, Tensor[] known, Tensor[] index, Tensor? bias, int[] "
+      "shape, "
+      "bool in_place, bool channels_last) -> Tensor[]");
   m.def(
-      "masked_conv_backward_(Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor grad_output, Tensor input, Tensor "
-      "weight, Tensor(c!) stored, bool is_fetched, Tensor mask, Tensor[] known, Tensor[] input_index, Tensor[] "
-      "weight_index, int[] shape, bool input_in_place, bool weight_in_place) -> bool");
+      "masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? stored, Tensor mask, Tensor[] "
+      "known, Tensor[] input_index, Tensor[] weight_index, int[] shape, bool input_in_place, bool weight_in_place, "
+      "bool "
+      "needs_input, bool needs_weight) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
   m.impl("sparse_conv_", TORCH_BOX(&sparse_conv_));
-  m.impl("masked_conv_", TORCH_BOX(&masked_conv_));
-  m.impl("masked_conv_backward_", TORCH_BOX(&masked_conv_backward_));
+  m.impl("masked_conv", TORCH_BOX(&masked_conv));
+  m.impl("masked_conv_backward", TORCH_BOX(&masked_conv_backward));
 }
 
 }  // namespace granet

@@ -34,8 +34,8 @@ class Forward(NamedTuple):
     """How the output of a sparse layer is computed."""
 
     call: Call
-    size: tuple[int, ...]
-    memory_format: torch.memory_format
+    channels_last: bool
+    """The layout of the output."""
 
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -182,9 +182,8 @@ def _sparse_forward(
     forward: Forward, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
 ) -> Any:
     """The output; ``NotImplemented`` where the mask has other bits than when this was prepared."""
-    output = torch.empty(forward.size, dtype=input.dtype, memory_format=forward.memory_format)
-    is_known = sparse_output(output, input, weight, mask, bias, forward.call)
-    return output if is_known else NotImplemented
+    call, channels_last = forward
+    return sparse_output(input, weight, mask, bias, call, channels_last=channels_last)
 
 
 def _sparse_backward(
@@ -197,17 +196,8 @@ def _sparse_backward(
     needs: Sequence[bool],
 ) -> Any:
     """The gradients that are needed; ``NotImplemented`` as above."""
-    grad_input = torch.empty_like(input) if needs[0] else None
-    grad_weight = torch.empty_like(weight) if needs[1] else None
-    target = grad_input
-    if grad_input is not None and not backward.writes_as_is:
-        target = evenly_spaced(grad_input)
-    if not sparse_gradients(target, grad_weight, grad_output, input, weight, mask, backward):
-        return NotImplemented
-    if grad_input is not None and target is not None and target is not grad_input:
-        grad_input.copy_(target)
-    gradients = [gradient for gradient in (grad_input, grad_weight) if gradient is not None]
-    if needs[2] and bias is not None:
+    gradients = sparse_gradients(grad_output, input, weight, mask, backward, needs[:2])
+    if needs[2] and bias is not None and gradients is not NotImplemented:
         gradients.append(torch.empty_like(bias).copy_(grad_output.sum((0, 2, 3))))
     return gradients
 
@@ -253,9 +243,8 @@ def _prepare_forward(
     size, memory_format = output_size(shape), conv_memory_format(input, weight)
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format)
     source = evenly_spaced(input)
-    forward = Forward(
-        call_of(active, shape, "forward", weight, source, output), size, memory_format
-    )
+    call = call_of(active, shape, "forward", weight, source, output)
+    forward = Forward(call, memory_format == torch.channels_last)
     if source is input:
         active.keep(_forward_signature(input, weight, bias, geometry, algorithm), forward)
     return forward
@@ -276,12 +265,10 @@ def _prepare_backward(
     if not chooses_sparse(shape, input, weight, mask, active.count, algorithm):
         return None
     source, factor = evenly_spaced(input), evenly_spaced(grad_output)
-    gradient = torch.empty_like(input)
-    target = evenly_spaced(gradient)
+    target = evenly_spaced(torch.empty_like(source))
     backward = Backward(
         call_of(active, shape, "input_gradient", weight, target, factor),
         call_of(active, shape, "forward", weight, source, factor),
-        writes_as_is=target is gradient,
     )
     if source is input and factor is grad_output:
         signature = _backward_signature(grad_output, input, weight, bias, geometry, algorithm)

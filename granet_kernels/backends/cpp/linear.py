@@ -93,7 +93,6 @@ def masked_linear_backward(
         backward = Backward(
             _call_of(active, "input_gradient", input, weight),
             _call_of(active, "forward", input, weight),
-            writes_as_is=torch.empty_like(input).is_contiguous(),
         )
         signature = _signature("backward", algorithm, input, weight, bias, grad_output)
         active.keep(signature, backward)
@@ -129,9 +128,10 @@ def _sparse_forward(
     call: Call, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
 ) -> Any:
     """The output; ``NotImplemented`` where the mask has other bits than when this was prepared."""
-    output = input.new_empty((*input.shape[:-1], weight.size(0)))
-    is_known = sparse_output(as_rows(output), as_rows(input), weight, mask, bias, call)
-    return output if is_known else NotImplemented
+    output = sparse_output(as_rows(input), weight, mask, bias, call)
+    if output is NotImplemented or input.dim() == 2:
+        return output
+    return output.view(*input.shape[:-1], weight.size(0))
 
 
 def _sparse_backward(
@@ -144,18 +144,14 @@ def _sparse_backward(
     needs: Sequence[bool],
 ) -> Any:
     """The gradients that are needed; ``NotImplemented`` as above."""
-    grad_input = torch.empty_like(input) if needs[0] else None
-    grad_weight = torch.empty_like(weight) if needs[1] else None
-    target = grad_input
-    if grad_input is not None and not backward.writes_as_is:
-        target = torch.empty(input.shape, dtype=input.dtype)
-    rows = None if target is None else as_rows(target)
-    others = as_rows(grad_output), as_rows(input)
-    if not sparse_gradients(rows, grad_weight, *others, weight, mask, backward):
-        return NotImplemented
-    if grad_input is not None and target is not None and target is not grad_input:
-        grad_input.copy_(target)
-    gradients = [gradient for gradient in (grad_input, grad_weight) if gradient is not None]
+    rows = as_rows(grad_output), as_rows(input)
+    gradients = sparse_gradients(*rows, weight, mask, backward, needs[:2])
+    if gradients is NotImplemented:
+        return gradients
+    if needs[0] and input.dim() != 2:
+        grad_input = gradients[0].reshape(input.shape)
+        same_layout = input.is_contiguous()
+        gradients[0] = grad_input if same_layout else torch.empty_like(input).copy_(grad_input)
     if needs[2] and bias is not None:
         gradients.append(bias_gradient(bias, grad_output))
     return gradients

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from granet_kernels.backends.cpp.index import Call
+from granet_kernels.backends.cpp.library import load
+
+load()
+# Found once: looked up in torch.ops at every call, each of its four attributes would wait for memory.
+_masked_conv = torch.ops.granet_cpp.masked_conv.default
+_masked_conv_backward = torch.ops.granet_cpp.masked_conv_backward.default
 
 
 class Backward(NamedTuple):
@@ -15,50 +22,56 @@ class Backward(NamedTuple):
 
     input: Call
     weight: Call
-    writes_as_is: bool
-    """Whether the kernels can write a gradient that has the input's layout."""
 
 
 def sparse_output(
-    output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, call: Call
-) -> bool:
-    """Write the output of a layer; the bias is rounded to the input's dtype first.
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    call: Call,
+    *,
+    channels_last: bool = False,
+) -> Any:
+    """The output of a layer; the bias is rounded to the input's dtype first.
 
-    False, and nothing is written, where the mask has other bits than the call was made for.
+    ``NotImplemented``, and nothing is computed, where the mask has other bits than the call was made for.
     """
-    bias = None if bias is None else bias.to(input.dtype).float().contiguous()
+    if bias is not None:
+        bias = _as_float(bias, input.dtype)
     known, entries, shape, in_place, fetched = call
-    stored = room_for(known[1])
-    done: bool = torch.ops.granet_cpp.masked_conv_.default(
-        output, input, weight, stored, mask, known, entries, bias, shape, in_place
-    )
-    if done:
-        fetched.keep(weight, input.dtype, stored)
-    return done
+    done = _masked_conv(input, weight, mask, known, entries, bias, shape, in_place, channels_last)
+    if not done:
+        return NotImplemented
+    output, stored = done
+    fetched.keep(weight, input.dtype, stored)
+    return output
 
 
 def sparse_gradients(
-    grad_input: Tensor | None,
-    grad_weight: Tensor | None,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
     backward: Backward,
-) -> bool:
-    """Write the gradients that are given: the input's from the active weights, the weight's where active,
-    zero elsewhere. False as above."""
+    needs: Sequence[bool],
+) -> Any:
+    """Gradients of input and weight, those that are needed: the input's from the active weights, the weight's
+    where active, zero elsewhere. ``NotImplemented`` as above."""
+    needs_input, needs_weight = needs
+    if not (needs_input or needs_weight):
+        return []
     known, entries, shape, in_place, fetched = backward.input
-    values = fetched.values(weight, input.dtype)
-    stored = room_for(known[1]) if values is None else values
-    done: bool = torch.ops.granet_cpp.masked_conv_backward_.default(
-        *(grad_input, grad_weight, grad_output, input, weight, stored, values is not None),
-        *(mask, known, entries, backward.weight.entries, shape),
-        *(in_place, backward.weight.in_place),
+    gradients = _masked_conv_backward(
+        *(grad_output, input, weight, fetched.values(weight, input.dtype), mask, known, entries),
+        *(backward.weight.entries, shape, in_place, backward.weight.in_place),
+        *(needs_input, needs_weight),
     )
-    return done
+    return gradients or NotImplemented
 
 
-def room_for(positions: Tensor) -> Tensor:
-    """For the values of the active weights at these positions."""
-    return torch.empty(positions.shape, dtype=torch.float32, device="cpu")
+def _as_float(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a dtype, as float32; as it is where it is that already, as each call takes a microsecond."""
+    if not bias.dtype == dtype == torch.float32:
+        bias = bias.to(dtype).float()
+    return bias if bias.is_contiguous() else bias.contiguous()
