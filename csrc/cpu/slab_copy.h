@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <iterator>
 #include <vector>
@@ -23,10 +24,10 @@ struct Part {
   int64_t end;
 };
 inline Part part_of(const Run& run, int64_t lanes, int64_t position, int64_t count) {
-  const int64_t begin = std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, position - run.position), lanes));
-  const int64_t last = position + count - run.position;
-  const int64_t end = last <= 0 ? 0 : std::min(run.length, ceil_div(last, lanes));
-  return {begin, std::max(begin, end)};
+  const int64_t first = position - run.position, last = first + count;
+  if (last <= 0 || first > (run.length - 1) * lanes) return {0, 0};
+  if (lanes == 1) return {std::max<int64_t>(0, first), std::min(run.length, last)};  // without divisions
+  return {ceil_div(std::max<int64_t>(0, first), lanes), std::min(run.length, ceil_div(last, lanes))};
 }
 
 template <Element>
@@ -46,15 +47,16 @@ struct Stored<Element::kBFloat16> {
 
 // The vectors of positions [position, position + count), where the channels of a pixel lie next to one another.
 inline std::vector<PixelVector> pixel_vectors(const Runs& runs, int64_t position, int64_t count) {
-  const int64_t width = slab_kernels().lanes;
+  const int64_t width = slab_kernels().lanes;  // a power of two: divisions would take as long as the packing
+  const int shift = std::countr_zero(static_cast<uint64_t>(width));
   PixelVector none;
   std::fill(std::begin(none.origin), std::end(none.origin), -1);
-  std::vector<PixelVector> vectors(static_cast<size_t>(ceil_div(count, width)), none);
+  std::vector<PixelVector> vectors(static_cast<size_t>((count + width - 1) >> shift), none);
   for (const Run& run : runs.runs) {
     const auto [begin, end] = part_of(run, runs.lanes, position, count);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = run.position + i * runs.lanes - position;
-      vectors[static_cast<size_t>(at / width)].origin[at % width] = run.origin + i * runs.step;
+    int64_t at = run.position + begin * runs.lanes - position, origin = run.origin + begin * runs.step;
+    for (int64_t i = begin; i < end; ++i, at += runs.lanes, origin += runs.step) {
+      vectors[static_cast<size_t>(at >> shift)].origin[at & (width - 1)] = origin;
     }
   }
   return vectors;

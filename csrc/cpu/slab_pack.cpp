@@ -36,15 +36,19 @@ std::vector<PackedVector> vectors_of(const Runs& runs, int64_t width) {
   std::vector<PackedVector> parts;
   parts.reserve(static_cast<size_t>(runs.floats / width));
   auto run = runs.runs.begin();
+  const int64_t last = runs.runs.empty() ? 0 : runs.runs.back().origin + (runs.runs.back().length - 1) * runs.step;
   for (int64_t start = 0; start < runs.floats; start += width) {
-    PackedVector part{0, 0, false};
+    PackedVector part{};
     int64_t behind = 0;  // the element that would go on with the part
     for (; run != runs.runs.end() && run->position < start + width; ++run) {
       const int64_t begin = std::max<int64_t>(0, start - run->position);
       const int64_t end = std::min(run->length, start + width - run->position);
       const int64_t origin = run->origin + begin * runs.step;
-      if (part.lanes != 0 && origin != behind) parts.push_back(std::exchange(part, {0, 0, false}));
-      if (part.lanes == 0) part.origin = origin;
+      if (part.lanes != 0 && origin != behind) parts.push_back(std::exchange(part, {}));
+      if (part.lanes == 0) {
+        part.origin = origin;
+        part.is_whole = origin + width * runs.step - 1 <= last;
+      }
       const uint32_t lanes = ((1u << (end - begin)) - 1) << (run->position + begin - start);
       part.lanes = static_cast<uint16_t>(part.lanes | lanes);
       behind = origin + (end - begin) * runs.step;

@@ -21,6 +21,7 @@ struct Gap {
 struct PackedVector {
   int64_t origin;  // of the first element
   uint16_t lanes;  // a bit for each lane that holds one, in their order
+  bool is_whole;   // a vector of elements may be read there, wanted or not
   bool is_last;    // part of the vector
 };
 
