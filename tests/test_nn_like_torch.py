@@ -1,12 +1,15 @@
 """MaskedConv2d and MaskedLinear against nn.Conv2d and nn.Linear, over all their options."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 from torch.testing._internal.common_modules import module_db
 
+import granet_kernels
 from granet_kernels import MaskedConv2d, MaskedLinear
 from tests.helpers import CHANNELS_LAST, EXACT, FP64
 from tests.sample_layers import (
@@ -102,6 +105,26 @@ def test_linear_batches(shape, bias):
     ours = MaskedLinear(5, 7, bias=bias, dtype=torch.float64)
     ours.load_state_dict(theirs.state_dict())
     assert_same_results(ours, theirs, torch.randn(shape, dtype=torch.float64), **FP64)
+
+
+SHAPES = {"conv": [(4, 6, 5), (2, 4, 6, 5)], "linear": [(5,), (3, 5), (2, 3, 5)]}
+
+
+@pytest.mark.parametrize("backend", granet_kernels.available_backends())
+@pytest.mark.parametrize("algorithm", ["dense", "sparse"])
+@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
+def test_outputs_may_be_written_to(kind, backend, algorithm, watched):
+    """As ``nn.ReLU(inplace=True)`` does; autograd forbids it for a view that a function returns."""
+    with granet_kernels.use_backend(backend):
+        ours = sparse(kind)
+        ours.algorithm = algorithm
+        for shape in SHAPES[kind]:
+            input = torch.randn(shape, requires_grad=True)
+            with torch.profiler.profile() if watched else contextlib.nullcontext():
+                output = ours(input)
+            expected = torch.autograd.grad(dense_twin(ours)(input).relu().sum(), input)
+            output.relu_()
+            assert_close(torch.autograd.grad(output.sum(), input), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

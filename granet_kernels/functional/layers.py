@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 import granet_kernels.ops  # noqa: F401 - registers the operators
 from granet_kernels.choices import Algorithm
@@ -196,9 +197,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         dense_grad: Tensor,
         algorithm: Algorithm,
     ) -> Tensor:
-        return _ops.masked_linear(  # type: ignore[no-any-return]
-            input, weight, mask, bias, algorithm=algorithm
-        )
+        return _no_view(_ops.masked_linear(input, weight, mask, bias, algorithm=algorithm))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -262,6 +261,8 @@ def _without_flag(operator: str) -> Callable[..., Tensor]:
     return lambda *inputs: kernel(*inputs[:4], *inputs[5:-1], algorithm=inputs[-1])
 
 
+_linear_kernel = _without_flag("masked_linear")
+
 _ONE_STEP: dict[type[torch.autograd.Function], type[torch.autograd.Function]] = {
     function: _in_one_step(function, compute)
     for function, compute in (
@@ -270,7 +271,7 @@ _ONE_STEP: dict[type[torch.autograd.Function], type[torch.autograd.Function]] = 
             lambda weight, mask, _, dtype: kernel_of("mask_cast")(weight, mask, dtype),
         ),
         (MaskedConv2dFunction, _without_flag("masked_conv2d")),
-        (MaskedLinearFunction, _without_flag("masked_linear")),
+        (MaskedLinearFunction, lambda *inputs: _no_view(_linear_kernel(*inputs))),
     )
 }
 
@@ -312,6 +313,15 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     if known and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def _no_view(output: Tensor) -> Tensor:
+    """The same memory, but nobody's view: ``F.linear`` returns one where there are not two dimensions, and
+    autograd lets nobody write to a view that a function returns (``nn.ReLU(inplace=True)``).
+    """
+    if is_compiling() or not output._is_view():
+        return output
+    return torch.ops.aten._unsafe_view.default(output, output.shape)  # type: ignore[no-any-return]
 
 
 def _no_flag(weight: Tensor) -> Tensor:
