@@ -157,7 +157,7 @@ def reference_only(why: str) -> dict[str, object]:
     ************************************************************************************
     granet_kernels is installed WITHOUT its compiled extension: {why}
     Only the reference backend (pure PyTorch, slow) will be available. To get the fast
-    one, install a C++20 compiler (g++ 11 or clang++ 14, or later) and install again:
+    one, install a C++20 compiler (g++ 12 or clang++ 14, or later) and install again:
         pip install --no-build-isolation .
     ************************************************************************************
     """

@@ -36,6 +36,12 @@ inline Floats load_first(const uint16_t* address, int64_t count) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(count), address);  // GCC 12 warns of forms without masks
   return reinterpret_cast<Floats>(Ints(_mm512_maskz_cvtepu16_epi32(0xffff, bits)) << 16);
 #else
+#if GRANET_AVX2
+  if (count >= kLanes) {
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(address));
+    return reinterpret_cast<Floats>(Ints(_mm256_cvtepu16_epi32(all)) << 16);
+  }
+#endif
   Ints bits{};
   for (int64_t i = 0; i < kLanes; ++i) bits[i] = i < count ? static_cast<int32_t>(uint32_t{address[i]} << 16) : 0;
   return reinterpret_cast<Floats>(bits);

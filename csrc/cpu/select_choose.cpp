@@ -153,7 +153,7 @@ void Chooser<Key>::guess() {
     size_t state;
     int64_t begin, end;  // runs
   };
-  std::vector<Runs> runs;
+  std::vector<SampledRuns> runs;
   std::vector<Task> tasks;
   for (size_t s = 0; s < states_.size(); ++s) {
     const Group& group = states_[s].group;

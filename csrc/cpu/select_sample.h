@@ -28,9 +28,9 @@ constexpr double kDeviations = 4;    // runs are not independent draws, and a wr
 inline uint64_t jitter(int64_t run) { return static_cast<uint64_t>(run) * 0x9e37'79b9'7f4a'7c15 >> 32; }
 
 // The mask bytes of the parts of one group, counted through.
-class Runs {
+class SampledRuns {
  public:
-  explicit Runs(std::span<const Part> parts) : parts_(parts) {
+  explicit SampledRuns(std::span<const Part> parts) : parts_(parts) {
     ends_.reserve(parts.size());
     for (const Part& part : parts) ends_.push_back(bytes_ += mask_bytes(part.numel));
     runs_ = std::min(kMostRuns, bytes_ / kBytesOfRun);
@@ -44,7 +44,7 @@ class Runs {
     int64_t byte;
   };
 
-  // Runs [begin, end): one byte at random out of each of equal stretches.
+  // SampledRuns [begin, end): one byte at random out of each of equal stretches.
   std::vector<Run> list(int64_t begin, int64_t end) const {
     std::vector<Run> result;
     result.reserve(static_cast<size_t>(end - begin));
@@ -79,7 +79,7 @@ constexpr size_t item_size(FloatType type) {
 // The eligible keys of the runs; the odd elements behind the last eight of a tensor are left out.
 // kernels_of(part): the kernels for its format.
 template <typename Key, typename KernelsOf>
-std::vector<Key> sample_runs(std::span<const Runs::Run> runs, const KernelsOf& kernels_of) {
+std::vector<Key> sample_runs(std::span<const SampledRuns::Run> runs, const KernelsOf& kernels_of) {
   constexpr size_t kAhead = 16;                                // each run is a cache line of its own
   std::vector<Key> sample(runs.size() * kWeightsPerByte + 1);  // one is written ahead
   Key* next = sample.data();

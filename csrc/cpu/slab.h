@@ -28,7 +28,7 @@ struct ImageView {
 
 struct Runs {
   std::vector<Run> runs;
-  std::vector<Gap> gaps;  // filled with zeros before the runs are copied; positions that neither names are in no use
+  std::vector<Gap> gaps;  // positions in no run, in their order: zero once packed
   int64_t lanes;
   int64_t step;      // elements
   int64_t floats;    // of a plane
@@ -64,7 +64,7 @@ void pack(const std::vector<Phase>& phases, const ImageView& view, int64_t chann
 
 // What becomes of a sum on its way into the target.
 struct Finish {
-  const void* residual;  // added; as the target in type and strides, or null
+  const void* residual;  // added; as the target in type and strides but not the target, or null
   bool relu;
 };
 

@@ -90,7 +90,8 @@ inline void fill_gaps(const PackImages& task) {
   }
 }
 
-// Whether the rows of all images go on where those before them end.
+// Whether the rows of all images go on where those before them end: images are a constant distance apart, so that the
+// first one tells.
 inline bool continues(const Run* run, int64_t step) { return run[kLanes].origin == run->origin + run->length * step; }
 
 template <typename Value, int64_t kStep>
@@ -183,6 +184,7 @@ inline void unpack_pixels(const UnpackPixels& task) {
 inline void unpack_piece(const Piece& piece, const float* sums, float* target) {
   constexpr int64_t kPixels = kLanes < kMostPixels ? kLanes : kMostPixels;
   constexpr int64_t kImages = kLanes / kPixels;  // in a vector, once transposed
+  static_assert(kImages == (GRANET_AVX512 ? 2 : 1) && kPixels <= 8);
   for (int64_t i = 0; i < piece.count; i += kPixels) {
     const int64_t count = piece.count - i < kPixels ? piece.count - i : kPixels;
     Floats pixels[kPixels];
@@ -199,7 +201,6 @@ inline void unpack_piece(const Piece& piece, const float* sums, float* target) {
       _mm256_mask_storeu_ps(target + images[0].origin + piece.first + i, in_piece, a);
       _mm256_mask_storeu_ps(target + images[1].origin + piece.first + i, in_piece, b);
 #else
-      static_assert(kImages == 1);
       store_first(target + piece.images[k].origin + piece.first + i, pixels[k], count);
 #endif
     }

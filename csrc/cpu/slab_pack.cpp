@@ -2,8 +2,9 @@
 #include <cstddef>
 #include <utility>
 
+#include "common/bfloat16.h"
 #include "cpu/slab.h"
-#include "cpu/slab_copy.h"
+#include "cpu/slab_parts.h"
 
 namespace granet::cpu {
 namespace {
@@ -19,14 +20,17 @@ int64_t count_of(const std::vector<T>& vector) {
   return static_cast<int64_t>(vector.size());
 }
 
-// One element at a time, whatever their steps.
-template <Element kElement>
+float to_float(float value) { return value; }
+float to_float(uint16_t bits) { return bfloat16_to_float(bits); }
+
+// One element at a time, whatever their steps. `Value`: a float, or the bits of a bfloat16.
+template <typename Value>
 void pack_elements(const Runs& runs, const void* source, float* plane) {
-  const auto* elements = static_cast<const typename Stored<kElement>::Type*>(source);
+  const auto* elements = static_cast<const Value*>(source);
   for (const Gap& gap : runs.gaps) std::fill_n(plane + gap.position, gap.length, 0.0f);
   for (const Run& run : runs.runs) {
     for (int64_t i = 0; i < run.length; ++i) {
-      plane[run.position + i * runs.lanes] = Stored<kElement>::load(elements[run.origin + i * runs.step]);
+      plane[run.position + i * runs.lanes] = to_float(elements[run.origin + i * runs.step]);
     }
   }
 }
@@ -68,7 +72,7 @@ class PlanePacker {
     if (runs.step != 1 && runs.step != 2) return;
     const int64_t width = slab_kernels().lanes;
     if (runs.lanes == 1) vectors_ = vectors_of(runs, width);
-    packs_images_ = runs.interleaved && runs.lanes == width && runs.lanes > 1;
+    packs_images_ = runs.interleaved && runs.lanes == width;
   }
 
   void pack(const void* source, int64_t ahead, float* slab) const {
@@ -80,8 +84,7 @@ class PlanePacker {
       kernels_for(element_).images({runs.runs.data(), count_of(runs.runs), runs.gaps.data(), count_of(runs.gaps),
                                     runs.step, source, ahead, plane});
     } else {
-      (element_ == Element::kFloat32 ? pack_elements<Element::kFloat32>
-                                     : pack_elements<Element::kBFloat16>)(runs, source, plane);
+      (element_ == Element::kFloat32 ? pack_elements<float> : pack_elements<uint16_t>)(runs, source, plane);
     }
   }
 
@@ -116,7 +119,7 @@ void pack_planes(const std::vector<Phase>& phases, const ImageView& view, int64_
 }  // namespace
 
 void pack(const std::vector<Phase>& phases, const ImageView& view, int64_t channels, int64_t plane, float* slab) {
-  (view.channel_stride == 1 ? pack_pixels : pack_planes)(phases, view, channels, plane, slab);
+  (view.channel_stride == 1 && channels > 1 ? pack_pixels : pack_planes)(phases, view, channels, plane, slab);
 }
 
 }  // namespace granet::cpu

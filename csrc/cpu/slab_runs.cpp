@@ -41,7 +41,7 @@ Runs make_runs(const RunsOf& what, const ImageView& view) {
   const int64_t last = std::min(what.columns, ceil_div(std::max<int64_t>(0, what.size.w + shift), what.scale.w));
   const int64_t images = std::min(what.lanes, what.images - what.first_image);
   const int64_t row_floats = what.row * what.lanes;
-  result.interleaved = images == what.lanes && images % 4 == 0;
+  result.interleaved = what.lanes > 1 && images == what.lanes;
   for (int64_t t = 0; t < what.rows; ++t) {
     const int64_t y = (what.first_row + t) * what.scale.h + what.phase.h - what.before.h;
     const bool empty = y < 0 || y >= what.size.h || last <= first;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/stencil_tables.h"
+
 namespace granet::cpu {
 
 // Positions position, position + lanes, … (length of them) hold the elements origin, origin + step, …
@@ -72,7 +74,7 @@ struct UnpackImages {
 
 // The pixels of a vector of positions: for each lane where its first channel is, or -1 where there is no pixel.
 struct PixelVector {
-  int64_t origin[16];
+  int64_t origin[kWidestVector];
 };
 
 // Planes from pixels whose channels are next to one another, vector by vector; zeros where there is no pixel.

@@ -1,10 +1,9 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "common/bits.h"
-#include "common/prefetch.h"
+#include "common/bfloat16.h"
 #include "cpu/slab.h"
-#include "cpu/slab_copy.h"
+#include "cpu/slab_parts.h"
 
 namespace granet::cpu {
 namespace {
@@ -15,7 +14,7 @@ std::vector<Piece> pieces_of(const Runs& runs, int64_t position, int64_t count) 
   const auto lanes = static_cast<size_t>(runs.lanes);
   for (size_t r = 0; r < runs.runs.size(); r += lanes) {
     const Run& run = runs.runs[r];
-    const Part part = part_of(run, runs.lanes, position, count);
+    const RunPart part = part_of(run, runs.lanes, position, count);
     for (int64_t i = part.begin; i < part.end; ++i) {
       Piece* piece = pieces.empty() ? nullptr : &pieces.back();
       const bool goes_on = piece != nullptr && piece->count < kMostPixels &&
@@ -27,13 +26,13 @@ std::vector<Piece> pieces_of(const Runs& runs, int64_t position, int64_t count) 
   return pieces;
 }
 
-// piece(element of the target, sums, length) for the parts of runs that lie in positions [position, position + count).
-template <typename Piece>
-void for_each_part(const Runs& runs, const float* sums, int64_t position, int64_t count, const Piece& piece) {
+// visit(element of the target, sums, length) for the parts of runs that lie in positions [position, position + count).
+template <typename Visit>
+void for_each_part(const Runs& runs, const float* sums, int64_t position, int64_t count, const Visit& visit) {
   for (const Run& run : runs.runs) {
-    const Part part = part_of(run, runs.lanes, position, count);
+    const RunPart part = part_of(run, runs.lanes, position, count);
     if (part.begin >= part.end) continue;
-    piece(run.origin + part.begin * runs.step, sums + (run.position + part.begin * runs.lanes - position),
+    visit(run.origin + part.begin * runs.step, sums + (run.position + part.begin * runs.lanes - position),
           part.end - part.begin);
   }
 }
@@ -47,7 +46,7 @@ void unpack_floats(const Runs& runs, const ImageView& view, const float* sums, i
     return slab_kernels().unpack_images(
         {pieces.data(), static_cast<int64_t>(pieces.size()), sums, width, channels, base, view.channel_stride});
   }
-  if (view.channel_stride == 1) {
+  if (view.channel_stride == 1 && channels > 1) {
     const std::vector<PixelVector> vectors = pixel_vectors(runs, position, count);
     return slab_kernels().unpack_pixels(
         {vectors.data(), static_cast<int64_t>(vectors.size()), channels, sums, width, base});
@@ -127,7 +126,7 @@ void unpack_columns(const Runs& even, const Runs& odd, const ImageView& view, co
   std::vector<ColumnPair> pairs;
   for (size_t r = 0; r < even.runs.size(); ++r) {
     const Run& run = even.runs[r];
-    const Part evens = part_of(run, 1, position, count), odds = part_of(odd.runs[r], 1, position, count);
+    const RunPart evens = part_of(run, 1, position, count), odds = part_of(odd.runs[r], 1, position, count);
     if (evens.begin >= evens.end) continue;
     pairs.push_back({run.position + evens.begin - position, run.origin + 2 * evens.begin, evens.end - evens.begin,
                      odds.end - odds.begin});

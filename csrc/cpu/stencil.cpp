@@ -132,7 +132,8 @@ Plan plan_in_place(const Stencil& s, int64_t entries) {
 // time of those that cross one, and the short rows of small images fill vectors; but packing and unpacking transpose,
 // and the slab is too large for the second-level cache. On a Zen 4 with AVX-512, images of 14 x 14 to 28 x 28 pixels
 // one by one took 0.7 to 0.83 of the time with up to 46 products for each element of the source, 0.9 with 58, as long
-// with 115 and 1.15 with 230; of 8 x 8 as long with 46 and twice as long of 4 x 4.
+// with 115 and 1.15 with 230; of 8 x 8 as long with 46 and twice as long of 4 x 4. With AVX2 it hardly matters: 0.97
+// with 46 products and 1.03 with 230.
 bool interleaves(const Stencil& s, int64_t entries, int64_t vector) {
   constexpr int64_t kWide = 12;          // columns of an image that is large enough to be taken alone
   constexpr int64_t kMostProducts = 96;  // for each element of the source

@@ -18,8 +18,8 @@ inline Value finish(Value value, const float* residual, bool relu) {
 }
 
 #if GRANET_AVX512
-// Segments that follow one another: each vector without what lies between them, over what the one before wrote too
-// much.
+// Segments that adjoin in the target: what each vector holds of them, closed up. A whole vector is stored as long as
+// that stays within the piece, for the next one overwrites the rest.
 template <int kTile>
 void finish_one_piece(const Floats (&sum)[kTile], const DirectTarget& direct, float* target, const float* residual) {
   const Segment& last = direct.segments[direct.count - 1];

@@ -43,8 +43,7 @@ struct DirectTarget {
   int64_t count;
   bool relu;
   bool streams;  // past the caches
-  // Whether the segments follow one another in the target too; then the lanes of each vector, at most 16, that they
-  // hold.
+  // Whether the segments adjoin in the target too; then the positions that they hold, a bit for each of every sixteen.
   bool is_one_piece;
   uint16_t held[kMostVectors];
 };

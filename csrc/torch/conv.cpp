@@ -2,6 +2,7 @@
 //
 // The public operators (namespace granet) have checked every argument, and backends/cpp/conv.py has built the index for
 // the shapes at hand. What is checked again here is what keeps a direct call from reading or writing out of bounds.
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <optional>
@@ -38,6 +39,12 @@ double time_of(const ConvShape& shape, int64_t entries) {
 
 int64_t entries_in(const std::vector<Tensor>& index) { return index.size() == 4 ? index[1].numel() : 0; }
 
+// Whether pixels lie evenly spaced in memory, as the kernels want those of a pointwise convolution.
+bool is_evenly_spaced(const Tensor& tensor) {
+  return tensor.dim() == 2 || tensor.size(2) <= 1 || tensor.size(3) <= 1 ||
+         tensor.stride(2) == tensor.size(3) * tensor.stride(3);
+}
+
 // (batch, channels, h, w), or (pixels, channels) for a linear layer.
 ImageView view_of(const Tensor& tensor, const char* name, bool pointwise) {
   ImageView view{tensor.mutable_data_ptr(), element_of(tensor, name), 0, 0, 0, 0, 0};
@@ -53,8 +60,7 @@ ImageView view_of(const Tensor& tensor, const char* name, bool pointwise) {
   view.y_stride = tensor.stride(2);
   view.x_stride = tensor.stride(3);
   if (pointwise) {
-    STD_TORCH_CHECK(tensor.size(2) <= 1 || tensor.size(3) <= 1 || view.y_stride == tensor.size(3) * view.x_stride, name,
-                    ": expected pixels that are evenly spaced in memory");
+    STD_TORCH_CHECK(is_evenly_spaced(tensor), name, ": expected pixels that are evenly spaced in memory");
     view.pixels = std::max<int64_t>(1, tensor.size(2) * tensor.size(3));
     view.y_stride = tensor.size(3) == 1 ? view.y_stride : view.x_stride;
   }
@@ -221,12 +227,6 @@ std::vector<Tensor> masked_conv(Tensor input, Tensor weight, Tensor mask, std::v
   return {output, stored};
 }
 
-// Whether the kernels can write a tensor as it is: pixels lie evenly spaced in memory.
-bool is_evenly_spaced(const Tensor& tensor) {
-  return tensor.dim() == 2 || tensor.size(2) <= 1 || tensor.size(3) <= 1 ||
-         tensor.stride(2) == tensor.size(3) * tensor.stride(3);
-}
-
 // The transpose of conv(., values), of grad_output, in the layout of the input.
 Tensor input_gradient(const Tensor& input, const Tensor& grad_output, const float* values,
                       const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
@@ -313,14 +313,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "sparse_conv_(Tensor(a!) target, Tensor input, Tensor values, Tensor[] index, Tensor? bias, Tensor? residual, "
       "bool relu, int[] shape, bool in_place) -> ()");
   m.def(
-      "masked_conv(Tensor input, Tensor weight, Tensor mask, Tensor[] known, Tensor[] index, Tensor? bias, int[] "
-      "shape, "
-      "bool in_place, bool channels_last) -> Tensor[]");
+      "masked_conv(Tensor input, Tensor weight, Tensor mask, Tensor[] known, Tensor[] index, Tensor? bias, "
+      "int[] shape, bool in_place, bool channels_last) -> Tensor[]");
   m.def(
-      "masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? stored, Tensor mask, Tensor[] "
-      "known, Tensor[] input_index, Tensor[] weight_index, int[] shape, bool input_in_place, bool weight_in_place, "
-      "bool "
-      "needs_input, bool needs_weight) -> Tensor[]");
+      "masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? stored, Tensor mask, "
+      "Tensor[] known, Tensor[] input_index, Tensor[] weight_index, int[] shape, bool input_in_place, "
+      "bool weight_in_place, bool needs_input, bool needs_weight) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {

@@ -78,7 +78,7 @@ Problem random_problem() {
   Problem p{};
   ConvShape& s = p.shape;
   s.groups = pick({1, 1, 2, 3});
-  s.batch = pick({1, 2, 5, 8, 17});
+  s.batch = pick({1, 2, 5, 8, 16, 17});
   s.channels = s.groups * pick({1, 3, 8, 13});
   s.out_channels = s.groups * pick({1, 2, 7, 11});
   s.kernel = {pick({1, 1, 3, 5}), pick({1, 1, 3, 4})};
@@ -92,7 +92,7 @@ Problem random_problem() {
     s.padding = {(s.kernel.h - 1) * s.dilation.h / 2, (s.kernel.w - 1) * s.dilation.w / 2};
   }
   s.input = {(s.kernel.h - 1) * s.dilation.h + pick({1, 2, 7, 15}),
-             (s.kernel.w - 1) * s.dilation.w + pick({1, 4, 9, 37})};
+             (s.kernel.w - 1) * s.dilation.w + pick({1, 4, 9, 14, 22, 37})};
   p.weight = random_floats(s.weights());
   std::bernoulli_distribution active(static_cast<double>(pick({0, 1, 3, 10})) / 10);
   std::vector<uint8_t> bits(p.weight.size());
@@ -209,9 +209,11 @@ void check(const Problem& p, const Parallel& parallel) {
   Images output = images(s.batch, s.out_channels, s.output(), last, false);
   const Floats bias = random_floats(s.out_channels);
 
+  const bool adds = pick({0, 1}) == 1;
+  Images residual = images(s.batch, s.out_channels, s.output(), last, true);
   const BuiltIndex forward = build(p, shape, Direction::kForward, in_place);
-  run_stencil(forward.stencil, forward.plan, forward.entries(), view(input), bias.data(), {nullptr, true}, view(output),
-              parallel);
+  run_stencil(forward.stencil, forward.plan, forward.entries(), view(input), bias.data(),
+              {adds ? residual.values.data() : nullptr, true}, view(output), parallel);
   Images expected = output;
   for (int64_t n = 0; n < s.batch; ++n) {
     for (int64_t i = 0; i < s.out_channels * output.size.h * output.size.w; ++i) {
@@ -220,7 +222,9 @@ void check(const Problem& p, const Parallel& parallel) {
     }
   }
   for_each_product(s, input, expected, [&](size_t w, float x, float& y) { y += p.weight[w] * x; });
-  for (float& value : expected.values) value = std::max(value, 0.0f);
+  for (size_t i = 0; i < expected.values.size(); ++i) {
+    expected.values[i] = std::max(expected.values[i] + (adds ? residual.values[i] : 0.0f), 0.0f);
+  }
   expect_close("output", output.values, expected.values, p);
 
   Images grad_output = images(s.batch, s.out_channels, s.output(), last, true);

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 LIBRARY = Path(__file__).parents[2] / "_granet_ops.so"
+
+
+def operator(name: str) -> Any:
+    """A compiled operator, for who calls it so often that looking it up in torch.ops counts.
+
+    Each of four attributes waits for memory, between two large tensors.
+
+    Raises:
+        ImportError: as :func:`load`, and where the library is of other sources.
+    """
+    load()
+    try:
+        return getattr(torch.ops.granet_cpp, name).default
+    except AttributeError:
+        raise ImportError(
+            f"the compiled extension has no {name}: {LIBRARY.name} was built from other sources; "
+            "rebuild with `pip install --no-build-isolation .`"
+        ) from None
 
 
 def load() -> None:

@@ -149,12 +149,17 @@ def _sparse_backward(
     if gradients is NotImplemented:
         return gradients
     if needs[0] and input.dim() != 2:
-        grad_input = gradients[0].reshape(input.shape)
-        same_layout = input.is_contiguous()
-        gradients[0] = grad_input if same_layout else torch.empty_like(input).copy_(grad_input)
+        gradients[0] = _in_layout_of(input, gradients[0].view(input.shape))
     if needs[2] and bias is not None:
         gradients.append(bias_gradient(bias, grad_output))
     return gradients
+
+
+def _in_layout_of(input: Tensor, gradient: Tensor) -> Tensor:
+    """A contiguous gradient as ``torch.empty_like(input)`` lies in memory."""
+    if input.is_contiguous() or (like := torch.empty_like(input)).is_contiguous():
+        return gradient
+    return like.copy_(gradient)
 
 
 def bias_gradient(bias: Tensor, grad_output: Tensor) -> Tensor:

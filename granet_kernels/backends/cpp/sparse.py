@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from granet_kernels.backends.cpp.index import Call
-from granet_kernels.backends.cpp.library import load
+from granet_kernels.backends.cpp.library import operator
 
-load()
-# Found once: looked up in torch.ops at every call, each of its four attributes would wait for memory.
-_masked_conv = torch.ops.granet_cpp.masked_conv.default
-_masked_conv_backward = torch.ops.granet_cpp.masked_conv_backward.default
+_masked_conv = operator("masked_conv")
+_masked_conv_backward = operator("masked_conv_backward")
 
 
 class Backward(NamedTuple):

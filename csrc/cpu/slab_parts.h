@@ -1,4 +1,4 @@
-// What packing and unpacking a slab share: the kernels of this machine, elements as floats, and where pixels are.
+// What packing and unpacking a slab share: the kernels of this machine, parts of runs, and where pixels are.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,6 @@
 #include <iterator>
 #include <vector>
 
-#include "common/bfloat16.h"
 #include "common/bits.h"
 #include "common/isa.h"
 #include "cpu/slab.h"
@@ -19,31 +18,16 @@ inline const SlabKernels& slab_kernels() {
 }
 
 // The part of a run that lies in positions [position, position + count): elements [begin, end).
-struct Part {
+struct RunPart {
   int64_t begin;
   int64_t end;
 };
-inline Part part_of(const Run& run, int64_t lanes, int64_t position, int64_t count) {
+inline RunPart part_of(const Run& run, int64_t lanes, int64_t position, int64_t count) {
   const int64_t first = position - run.position, last = first + count;
   if (last <= 0 || first > (run.length - 1) * lanes) return {0, 0};
   if (lanes == 1) return {std::max<int64_t>(0, first), std::min(run.length, last)};  // without divisions
   return {ceil_div(std::max<int64_t>(0, first), lanes), std::min(run.length, ceil_div(last, lanes))};
 }
-
-template <Element>
-struct Stored;
-
-template <>
-struct Stored<Element::kFloat32> {
-  using Type = float;
-  static float load(float value) { return value; }
-};
-
-template <>
-struct Stored<Element::kBFloat16> {
-  using Type = uint16_t;
-  static float load(uint16_t bits) { return bfloat16_to_float(bits); }
-};
 
 // The vectors of positions [position, position + count), where the channels of a pixel lie next to one another.
 inline std::vector<PixelVector> pixel_vectors(const Runs& runs, int64_t position, int64_t count) {
