@@ -86,7 +86,7 @@ Problem random_problem() {
   s.padding = {pick({0, 1, 2}), pick({0, 1, 3})};
   s.dilation = {pick({1, 1, 2}), pick({1, 1, 3})};
   if (pick({0, 1}) == 1) s.kernel = s.stride = {1, 1}, s.padding = {0, 0};
-  if (pick({0, 1, 2}) == 1) {  // output and input have the same pixels
+  if (pick({0, 1}) == 1) {  // output and input have the same pixels
     s.stride = {1, 1};
     if (s.kernel.w % 2 == 0) s.kernel.w = 3;
     s.padding = {(s.kernel.h - 1) * s.dilation.h / 2, (s.kernel.w - 1) * s.dilation.w / 2};
