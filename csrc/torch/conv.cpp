@@ -251,9 +251,10 @@ Tensor input_gradient(const Tensor& input, const Tensor& grad_output, const floa
   return torch::stable::copy_(result, written);
 }
 
-// In the layout of the weight: zero but for the active weights.
-Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Tensor& input, const Known& known,
-                       const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
+// In the layout of the weight: zero but for the active weights. In `memory`, where there is some.
+Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Tensor& input,
+                       const std::optional<Tensor>& memory, const Known& known, const std::vector<Tensor>& index,
+                       const ConvShape& shape, bool in_place) {
   check_in_place(shape, in_place);
   const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, nullptr);
@@ -273,7 +274,7 @@ Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Te
   if (source.element == cpu::Element::kBFloat16) {  // computed in the input's dtype, as autocast does
     for (int64_t i = 0; i < count; ++i) sums[i] = round_to_bfloat16(sums[i]);
   }
-  const Tensor gradient = torch::stable::empty_like(weight);
+  const Tensor gradient = memory.has_value() ? *memory : torch::stable::empty_like(weight);
   prefer_large_pages(gradient);
   cpu::spread(sums, static_cast<const int32_t*>(known.positions.const_data_ptr()), count, gradient.mutable_data_ptr(),
               element_of(gradient, "gradient"), shape.weights(),
@@ -281,15 +282,19 @@ Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Te
   return gradient;
 }
 
-// The gradients that are needed, of the input and of the weight; `stored` as above, if it is at hand. Nothing where the
-// mask has other bits.
+// The gradients that are needed, of the input and of the weight; `stored` as above, if it is at hand; `memory` for the
+// weight's, if there is some: of its dtype and layout. Nothing where the mask has other bits.
 std::vector<Tensor> masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> stored,
                                          Tensor mask, std::vector<Tensor> known_tensors,
                                          std::vector<Tensor> input_index, std::vector<Tensor> weight_index,
                                          std::vector<int64_t> numbers, bool input_in_place, bool weight_in_place,
-                                         bool needs_input, bool needs_weight) {
+                                         std::optional<Tensor> memory, bool needs_input, bool needs_weight) {
   const ConvShape shape = shape_of(numbers);
   check_weight(weight, shape, "weight");
+  if (memory.has_value()) {
+    check_weight(*memory, shape, "memory");
+    STD_TORCH_CHECK(memory->scalar_type() == weight.scalar_type(), "memory: expected the weight's dtype");
+  }
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   const Known known = known_of(known_tensors, shape.weights());
   std::vector<Tensor> gradients;
@@ -301,7 +306,8 @@ std::vector<Tensor> masked_conv_backward(Tensor grad_output, Tensor input, Tenso
                                        input_index, shape, input_in_place));
   }
   if (needs_weight) {
-    gradients.push_back(weight_gradient(weight, grad_output, input, known, weight_index, shape, weight_in_place));
+    gradients.push_back(
+        weight_gradient(weight, grad_output, input, memory, known, weight_index, shape, weight_in_place));
   }
   return gradients;
 }
@@ -318,7 +324,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def(
       "masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? stored, Tensor mask, "
       "Tensor[] known, Tensor[] input_index, Tensor[] weight_index, int[] shape, bool input_in_place, "
-      "bool weight_in_place, bool needs_input, bool needs_weight) -> Tensor[]");
+      "bool weight_in_place, Tensor(a!)? memory, bool needs_input, bool needs_weight) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {

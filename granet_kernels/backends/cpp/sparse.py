@@ -37,7 +37,7 @@ def sparse_output(
     """
     if bias is not None:
         bias = _as_float(bias, input.dtype)
-    known, entries, shape, in_place, fetched = call
+    known, entries, shape, in_place, fetched, _ = call
     done = _masked_conv(input, weight, mask, known, entries, bias, shape, in_place, channels_last)
     if not done:
         return NotImplemented
@@ -59,11 +59,11 @@ def sparse_gradients(
     needs_input, needs_weight = needs
     if not (needs_input or needs_weight):
         return []
-    known, entries, shape, in_place, fetched = backward.input
+    known, entries, shape, in_place, fetched, memory = backward.input
     gradients = _masked_conv_backward(
         *(grad_output, input, weight, fetched.values(weight, input.dtype), mask, known, entries),
         *(backward.weight.entries, shape, in_place, backward.weight.in_place),
-        *(needs_input, needs_weight),
+        *(memory.like(weight) if needs_weight else None, needs_input, needs_weight),
     )
     return gradients or NotImplemented
 
