@@ -11,13 +11,16 @@ namespace granet::cpu {
 
 namespace portable {
 SgdKernel sgd_kernel(Dtype param, Dtype momentum);
-}
+AverageKernel average_kernel(Dtype param);
+}  // namespace portable
 namespace avx2 {
 SgdKernel sgd_kernel(Dtype param, Dtype momentum);
-}
+AverageKernel average_kernel(Dtype param);
+}  // namespace avx2
 namespace avx512 {
 SgdKernel sgd_kernel(Dtype param, Dtype momentum);
-}
+AverageKernel average_kernel(Dtype param);
+}  // namespace avx512
 
 namespace {
 
@@ -41,6 +44,10 @@ bool fetches_ahead() {
 
 SgdKernel sgd_kernel(Dtype param, Dtype momentum) {
   return GRANET_FOR_ISA(portable::sgd_kernel, avx2::sgd_kernel, avx512::sgd_kernel)(param, momentum);
+}
+
+AverageKernel average_kernel(Dtype param) {
+  return GRANET_FOR_ISA(portable::average_kernel, avx2::average_kernel, avx512::average_kernel)(param);
 }
 
 // About how many percent of the mask bytes in [0, groups) are not zero.
@@ -70,9 +77,11 @@ class Update {
  public:
   Update(Dtype param, Dtype momentum, const SgdOptions& options)
       : kernel_(sgd_kernel(param, momentum)),
+        average_kernel_(average_kernel(param)),
         options_(options),
         param_bytes_(kWeightsPerByte * item_size(param)),
-        momentum_bytes_(kWeightsPerByte * item_size(momentum)) {}
+        momentum_bytes_(kWeightsPerByte * item_size(momentum)),
+        average_bytes_(kWeightsPerByte * (param == Dtype::kFloat64 ? sizeof(double) : sizeof(float))) {}
 
   void operator()(const Task& task) const {
     const SgdTensor& tensor = *task.tensor;
@@ -82,6 +91,7 @@ class Update {
       SgdChunk groups = chunk(tensor, task.first, count);
       groups.is_listed = percent_nonzero(groups.mask, count) <= kListed;
       kernel_(groups, options_);
+      if (tensor.average != nullptr) average(tensor, task.first, groups);
     }
     if (count < kChunkGroups && tensor.numel % kWeightsPerByte != 0) rest(tensor, whole);
   }
@@ -95,6 +105,17 @@ class Update {
             .group_count = count,
             .is_listed = false,
             .fetches_ahead = fetches_ahead()};
+  }
+
+  // Moves a chunk's averages towards its weights, which the step has brought into the second-level cache.
+  void average(const SgdTensor& tensor, int64_t first, const SgdChunk& updated) const {
+    average_kernel_({.average = at(tensor.average, first * average_bytes_),
+                     .param = updated.param,
+                     .mask = updated.mask,
+                     .group_count = updated.group_count,
+                     .is_listed = updated.is_listed,
+                     .fetches_ahead = updated.fetches_ahead},
+                    options_.average_decay);
   }
 
   // The last group of a tensor, of fewer than eight weights, in a copy that is filled up.
@@ -115,13 +136,29 @@ class Update {
     kernel_(copy, options_);
     std::memcpy(last.param, param.data(), param_bytes);
     if (options_.momentum != 0) std::memcpy(last.momentum, momentum.data(), momentum_bytes);
+    if (tensor.average != nullptr) average_rest(at(tensor.average, group * average_bytes_), count, copy);
+  }
+
+  void average_rest(std::byte* averages, int64_t count, const SgdChunk& updated) const {
+    const auto bytes = static_cast<size_t>(average_bytes_ / kWeightsPerByte * count);
+    std::array<std::byte, kWeightsPerByte * sizeof(double)> average{};
+    std::memcpy(average.data(), averages, bytes);
+    average_kernel_({.average = average.data(),
+                     .param = updated.param,
+                     .mask = updated.mask,
+                     .group_count = 1,
+                     .is_listed = false,
+                     .fetches_ahead = false},
+                    options_.average_decay);
+    std::memcpy(averages, average.data(), bytes);
   }
 
   static std::byte* at(void* address, int64_t offset) { return static_cast<std::byte*>(address) + offset; }
 
   SgdKernel kernel_;
+  AverageKernel average_kernel_;
   SgdOptions options_;
-  int64_t param_bytes_, momentum_bytes_;  // of a group
+  int64_t param_bytes_, momentum_bytes_, average_bytes_;  // of a group
 };
 
 }  // namespace
