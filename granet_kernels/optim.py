@@ -136,7 +136,7 @@ class MaskedSGD(torch.optim.SGD):
         check_average_decay(decay)
         groups = self.param_groups
         self._averages = [] if averages is None else averages_by_group(averages, groups)
-        self._average_decay = decay
+        self._average_decay = float(decay)
         self._mask_versions.clear()  # nobody has looked at these averages' inactive elements
 
     @property
@@ -147,7 +147,7 @@ class MaskedSGD(torch.optim.SGD):
     @average_decay.setter
     def average_decay(self, decay: float) -> None:
         check_average_decay(decay)
-        self._average_decay = decay
+        self._average_decay = float(decay)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.SGD, but the momentum of masked weights keeps its dtype instead of taking theirs."""
