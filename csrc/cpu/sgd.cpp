@@ -6,6 +6,7 @@
 
 #include "common/bits.h"
 #include "common/isa.h"
+#include "common/prefetch.h"
 
 namespace granet::cpu {
 
@@ -32,6 +33,13 @@ constexpr int64_t kListed = 30;
 
 // One word in so many tells well enough how many groups have an active weight. One in 5 took 0.01 of a dense step.
 constexpr int64_t kSampled = 13;
+
+// Groups that are updated before their averages are, unless they are listed: 1 KB of each fp32 tensor, in the
+// first-level cache. Memory is then asked for the averages while the step waits for it, too. On a Zen 4 with one thread
+// a step with averages takes 1.3 to 1.4 of the time of one without at 0 and 90 % sparsity; with 64 groups 1.4 to 1.55,
+// and with a whole chunk 1.65.
+constexpr int64_t kAveragedAtOnce = 32;
+static_assert(kAveragedAtOnce % kWordGroups == 0);
 
 // Whether the lines of every group are fetched ahead: the processor's own prefetchers stop at the end of each page. On
 // a Zen 4 one thread takes 1.16 of the time of torch's fused step with it and 1.03 without. On a Zen 5 it takes 0.97
@@ -90,8 +98,11 @@ class Update {
     if (count > 0) {
       SgdChunk groups = chunk(tensor, task.first, count);
       groups.is_listed = percent_nonzero(groups.mask, count) <= kListed;
-      kernel_(groups, options_);
-      if (tensor.average != nullptr) average(tensor, task.first, groups);
+      if (tensor.average == nullptr) {
+        kernel_(groups, options_);
+      } else {
+        update_averaged(tensor, task.first, groups);
+      }
     }
     if (count < kChunkGroups && tensor.numel % kWeightsPerByte != 0) rest(tensor, whole);
   }
@@ -107,14 +118,32 @@ class Update {
             .fetches_ahead = fetches_ahead()};
   }
 
-  // Moves a chunk's averages towards its weights, which the step has brought into the second-level cache.
+  void update_averaged(const SgdTensor& tensor, int64_t first, const SgdChunk& groups) const {
+    const int64_t at_once = groups.is_listed ? groups.group_count : kAveragedAtOnce;
+    for (int64_t done = 0; done < groups.group_count; done += at_once) {
+      SgdChunk run = chunk(tensor, first + done, std::min(at_once, groups.group_count - done));
+      run.is_listed = groups.is_listed;
+      if (!run.is_listed) fetch(at(tensor.average, (first + done) * average_bytes_), run.group_count * average_bytes_);
+      kernel_(run, options_);
+      average(tensor, first + done, run);
+    }
+  }
+
+  // While the step is computed, which waits for memory too, these come along.
+  static void fetch(const std::byte* averages, int64_t bytes) {
+    constexpr int64_t kLineBytes = 64;
+    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(averages + i, kToRead, kFirstLevel);
+  }
+
+  // Moves averages towards weights that the step has just brought into a cache; the averages of groups that are not
+  // listed have been fetched.
   void average(const SgdTensor& tensor, int64_t first, const SgdChunk& updated) const {
     average_kernel_({.average = at(tensor.average, first * average_bytes_),
                      .param = updated.param,
                      .mask = updated.mask,
                      .group_count = updated.group_count,
                      .is_listed = updated.is_listed,
-                     .fetches_ahead = updated.fetches_ahead},
+                     .fetches_ahead = false},
                     options_.average_decay);
   }
 

@@ -1,7 +1,7 @@
 // The averages of a chunk, for each dtype of the weights: compiled once for each instruction set.
 //
-// A pass of its own over weights that the step has just written, which are still in a cache, rather than a term of the
-// step: that is compiled for 16 pairs of dtypes and four sets of terms already.
+// A pass of its own over weights that the step has just written, which are still in a cache (sgd.cpp), rather than a
+// term of the step: that is compiled for 16 pairs of dtypes and four sets of terms already.
 #pragma once
 
 #include "cpu/sgd_walk.h"
