@@ -151,7 +151,6 @@ def test_averaged_step(sparsity, threads, effort, race, ledger):
         baseline=FUSED_AVERAGED,
         ours=OURS_AVERAGED,
         operator="masked_sgd_",
-        cost=True,
     )
     ledger += [row] if row else []
     if reason := done.failure(OURS_AVERAGED):
