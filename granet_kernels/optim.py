@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from granet_kernels.averages import averages_by_group, check_complete, move_averages
 from granet_kernels.bitmask import attached_mask, attachments_made
 from granet_kernels.functional import unpack_mask, zero_inactive_
 from granet_kernels.layout import same_layout
+from granet_kernels.ops.checks import check_average_decay
 from granet_kernels.ops.define import without_dispatcher
+from granet_kernels.step_plan import Batch, Facts, Others, Plan
 
 _masked_sgd_ = without_dispatcher("masked_sgd_")
 
@@ -36,6 +37,9 @@ class MaskedSGD(torch.optim.SGD):
 
     Raises:
         ValueError: as torch.optim.SGD, and for a ``momentum_dtype`` that is not floating.
+
+    :meth:`average_into` lets averages of the weights (EMA) follow every step; those of masked weights
+    move in the same pass.
 
     With a ``GradScaler`` the gradients are unscaled in the update, and a step with infinite
     gradients changes nothing; ``grad`` itself is left as it is. The one wait for the device under a
@@ -74,17 +78,26 @@ class MaskedSGD(torch.optim.SGD):
         self.defaults["momentum_dtype"] = momentum_dtype
         self.__setstate__({})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With the averages: copied or pickled in one piece with their model, they stay its own."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_averages": self._averages, "_average_decay": self._average_decay}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("_averages", [])  # by group; empty without averages
+        self.__dict__.setdefault("_average_decay", 0.0)
         for group in self.param_groups:
             group.setdefault("momentum_dtype", self.defaults.get("momentum_dtype"))
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         self._mask_versions: dict[int, tuple[int, ...]] = {}  # by id(param)
-        self._plans: dict[int, _Plan] = {}  # by the place of the group
+        self._plans: dict[int, Plan] = {}  # by the place of the group
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. With a ``closure`` it is called first, and what it returns is returned."""
         loss = None
+        if self._averages:
+            check_complete(self._averages, self.param_groups)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -93,6 +106,48 @@ class MaskedSGD(torch.optim.SGD):
                 for place, group in enumerate(self.param_groups):
                     self._step_group(place, group)
         return loss
+
+    def average_into(self, averages: Iterable[Tensor] | None, decay: float = 0.999) -> None:
+        """Let averages of the parameters follow every step from now on.
+
+        After each step average += (1 - decay) * (parameter - average), as ``AveragedModel`` with
+        ``get_ema_multi_avg_fn(decay)`` has it, which is then not needed. Those of masked weights are
+        moved by the kernel that updates the weights, which neither reads nor writes inactive ones;
+        where a mask changes, inactive averages are set to zero, as weights and momenta are. A step
+        that a ``GradScaler`` declares infinite moves none. ::
+
+            average = copy.deepcopy(model).float()
+            optimizer.average_into(average.parameters(), decay=0.999)
+            sparsifier.follow(average)  # of granet: the copy's layers have the masks, too
+
+        Averages are no part of the optimizer's ``state_dict``: save the averaged model, and call this
+        again where a run is resumed.
+
+        Args:
+            averages: one tensor for each parameter, in the order of the groups and of the parameters
+                in each, with the parameter's shape, device and memory layout: fp32, and fp64 for fp64
+                parameters (in 16 bits an average would stand still). None: none from now on.
+            decay: in [0, 1]; :attr:`average_decay`, which may be set between steps.
+
+        Raises:
+            ValueError: not as many as there are parameters, one that does not fit, or an impossible
+                decay; nothing has changed then. The next step raises where parameters were added.
+        """
+        check_average_decay(decay)
+        groups = self.param_groups
+        self._averages = [] if averages is None else averages_by_group(averages, groups)
+        self._average_decay = float(decay)
+        self._mask_versions.clear()  # nobody has looked at these averages' inactive elements
+
+    @property
+    def average_decay(self) -> float:
+        """The share of the averages that a step leaves as it was, in [0, 1]."""
+        return self._average_decay
+
+    @average_decay.setter
+    def average_decay(self, decay: float) -> None:
+        check_average_decay(decay)
+        self._average_decay = float(decay)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.SGD, but the momentum of masked weights keeps its dtype instead of taking theirs."""
@@ -131,26 +186,35 @@ class MaskedSGD(torch.optim.SGD):
     def _step_group(self, place: int, group: dict[str, Any]) -> None:
         params = group["params"]
         grads = [param.grad for param in params]
+        averages = self._averages[place] if self._averages else []
         plan = self._plans.get(place)
-        if plan is None or not plan.is_of(self._facts(group, grads, plan.masks)):
-            plan = self._plans[place] = self._plan(group, grads)
+        if plan is None or not plan.is_of(self._facts(group, grads, plan.masks, averages)):
+            plan = self._plans[place] = self._plan(group, grads, averages)
         for batch in plan.plain:
             self._step_plain(batch, batch.of(grads), group)
         if plan.masked:
             with torch.set_grad_enabled(False):
                 for batch in plan.masked:
                     self._step_masked(batch, batch.of(grads), group)
+        if plan.others.averages:
+            found_inf = getattr(self, "found_inf", None)
+            others = plan.others
+            move_averages(others.averages, others.params, self._average_decay, found_inf)
 
     def _facts(
-        self, group: dict[str, Any], grads: Sequence[Tensor | None], masks: Sequence[Tensor]
-    ) -> _Facts:
+        self,
+        group: dict[str, Any],
+        grads: Sequence[Tensor | None],
+        masks: Sequence[Tensor],
+        averages: Sequence[Tensor],
+    ) -> Facts:
         """What a plan follows from, as cheaply as it can be compared at every step.
 
         Which takes some 200 us of a step that has swept the caches of all Python's objects; so strides are
         hashed rather than kept, since each would be another line of memory to compare with.
         """
         params = group["params"]
-        return _Facts(
+        return Facts(
             equal=(
                 hash(tuple([param.stride() for param in params])),
                 [param.dtype for param in params],
@@ -159,31 +223,47 @@ class MaskedSGD(torch.optim.SGD):
                 attachments_made(),
                 group["differentiable"],
             ),
-            same=[*params, *(state.get("momentum_buffer") for state in self.state.values())],
+            same=[
+                *params,
+                *(state.get("momentum_buffer") for state in self.state.values()),
+                *averages,
+            ],
         )
 
-    def _plan(self, group: dict[str, Any], grads: Sequence[Tensor | None]) -> _Plan:
+    def _plan(
+        self, group: dict[str, Any], grads: Sequence[Tensor | None], averages: Sequence[Tensor]
+    ) -> Plan:
         """Sort the parameters by who updates them, and see to the invariant."""
         # With and without momentum apart: torch's fused update cannot start one beside another.
-        plain: dict[bool, _Batch] = defaultdict(_Batch)
-        masked: dict[tuple[Any, ...], _Batch] = defaultdict(_Batch)
+        plain: dict[bool, Batch] = defaultdict(Batch)
+        masked: dict[tuple[Any, ...], Batch] = defaultdict(Batch)
+        others = Others()
         for place, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+            average = averages[place] if averages else None
+            mask = None if grad is None else attached_mask(param)
+            if mask is None or group["differentiable"]:
+                others.add(param, average)
             if grad is None:
                 continue
-            mask, buffer = attached_mask(param), self.momentum_of(param)
+            buffer = self.momentum_of(param)
             if mask is None or group["differentiable"]:
                 plain[buffer is None].add(place, param, buffer)
             else:
                 dtype = None if buffer is None else buffer.dtype
-                masked[param.device, param.dtype, dtype].add(place, param, buffer, mask)
+                masked[param.device, param.dtype, dtype].add(place, param, buffer, mask, average)
         for batch in masked.values():
             self._restore_invariant(batch)
         batches = list(masked.values())
         masks = [mask for batch in batches for mask in batch.masks]
-        facts = self._facts(group, grads, masks)
-        return _Plan(facts=facts, plain=list(plain.values()), masked=batches, masks=masks)
+        return Plan(
+            facts=self._facts(group, grads, masks, averages),
+            plain=list(plain.values()),
+            masked=batches,
+            masks=masks,
+            others=others,
+        )
 
-    def _step_plain(self, batch: _Batch, grads: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_plain(self, batch: Batch, grads: list[Tensor], group: dict[str, Any]) -> None:
         """Torch's own update; of a masked weight only when it is to be differentiable."""
         scaler = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         scaled = scaler["found_inf"] is not None  # only torch's fused update takes these
@@ -210,7 +290,7 @@ class MaskedSGD(torch.optim.SGD):
                 if buffer is not old:
                     self.state[param]["momentum_buffer"] = buffer
 
-    def _step_masked(self, batch: _Batch, grads: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_masked(self, batch: Batch, grads: list[Tensor], group: dict[str, Any]) -> None:
         if sparse := [grad.shape for grad in grads if grad.is_sparse]:
             raise ValueError(
                 f"params: expected a dense gradient of a masked weight {tuple(sparse[0])}, got sparse"
@@ -238,77 +318,24 @@ class MaskedSGD(torch.optim.SGD):
             lr_tensor=lr if isinstance(lr, Tensor) else None,
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
+            averages=batch.averages,
+            average_decay=self._average_decay,
         )
 
-    def _restore_invariant(self, batch: _Batch) -> None:
+    def _restore_invariant(self, batch: Batch) -> None:
         """Zero what became inactive behind our back: by hand, or by loading a mask or momentum."""
         states: list[Tensor] = []
         masks: list[Tensor] = []
-        for param, mask, buffer in zip(batch.params, batch.masks, batch.momenta, strict=True):
-            seen = (id(mask), mask._version, 0 if buffer is None else id(buffer))
+        lists = zip(batch.params, batch.masks, batch.momenta, strict=True)
+        for i, (param, mask, buffer) in enumerate(lists):
+            there = [param, *([] if buffer is None else [buffer]), *batch.averages[i : i + 1]]
+            seen = (id(mask), mask._version, *map(id, there))
             if self._mask_versions.get(id(param)) == seen:
                 continue
             self._mask_versions[id(param)] = seen
-            states += [param] if buffer is None else [param, buffer]
-            masks += [mask] if buffer is None else [mask, mask]
+            states += there
+            masks += [mask] * len(there)
         zero_inactive_(states, masks)
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Parameters that one call updates, by their places in the group."""
-
-    places: list[int] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    momenta: list[Tensor | None] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
-    """Packed; none of parameters that torch updates."""
-
-    def add(
-        self, place: int, param: Tensor, momentum: Tensor | None, mask: Tensor | None = None
-    ) -> None:
-        self.places.append(place)
-        self.params.append(param)
-        self.momenta.append(momentum)
-        if mask is not None:
-            self.masks.append(mask)
-
-    def of(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradients of its parameters, which all have one."""
-        return [cast(Tensor, grads[place]) for place in self.places]
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What a plan follows from."""
-
-    equal: tuple[Any, ...]
-    same: list[Any]
-    """By identity: tensors compare by their elements."""
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Facts)
-            and self.equal == other.equal
-            and len(self.same) == len(other.same)
-            and all(map(operator.is_, self.same, other.same))
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
-    """Who updates which parameters of a group, until anything changes that it follows from."""
-
-    facts: _Facts
-    plain: list[_Batch]
-    """Torch's update."""
-    masked: list[_Batch]
-    """The operator's, one call for each device and dtype."""
-    masks: list[Tensor]
-    """Of all `masked`."""
-
-    def is_of(self, facts: _Facts) -> bool:
-        return self.facts == facts
 
 
 def _masked_grad(param: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from granet_kernels import use_backend
 from granet_kernels.backends import cuda, reference
+from granet_kernels.backends.cuda.accounts import masked_sgd_bytes
 from granet_kernels.layout import full_mask, packed_length
 from tests.helpers import bits
 
@@ -53,6 +54,17 @@ def test_while_a_graph_is_captured(monkeypatch):
             weight.fill_(1)
         torch.ops.granet.zero_inactive_(weights, masks)
         assert not any(weight.any() for weight in weights)
+
+
+def test_the_account_of_a_step_by_hand():
+    """Groups 0, 1 and 50 of a hundred: two in a sector of bf16, each in one of its own in fp32."""
+    mask = torch.zeros(packed_length(800), dtype=torch.uint8)
+    mask[[0, 1, 50]] = torch.tensor([1, 255, 128], dtype=torch.uint8)
+    param = torch.empty(800)
+    half = param.bfloat16()
+    assert masked_sgd_bytes([param], [param], [mask]) == 5 * 3 * 32 + 128
+    assert masked_sgd_bytes([param], [], [mask], [param]) == 5 * 3 * 32 + 128
+    assert masked_sgd_bytes([half], [half], [mask], [param]) == 5 * 2 * 32 + 2 * 3 * 32 + 128
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,6 +1,7 @@
 """Tensors and a network on a GPU, of the tests of the backends there."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def no_waiting():
 
 
 class State:
-    """Weights, gradients, momenta and masks of several sizes, the same for the same seed."""
+    """Weights, gradients, momenta, averages and masks of several sizes, the same for the same seed."""
 
     def __init__(self, dtype=torch.float32, device=None, seed=0, sizes=SIZES):
         device = device or GPU
@@ -60,12 +61,19 @@ class State:
         self.masks = [reference.pack_mask(mask).to(device) for mask in bools]
         reference.zero_inactive_(self.weights, self.masks)
         reference.zero_inactive_(self.momenta, self.masks)
+        wider = torch.promote_types(dtype, torch.float32)
+        self.averages = [torch.zeros_like(weight, dtype=wider) for weight in self.weights]
         total = sum(sizes)
         self.k = torch.tensor([total // 5], device=device)
         self.fraction = torch.tensor(0.3, dtype=torch.float64, device=device)
 
     def step(self, ops=OPS, **options):
         ops.masked_sgd_(self.weights, self.grads, self.momenta, self.masks, **(SGD | options))
+
+    def averaged_step(self, ops=OPS, **options):
+        """With a rate of zero: two backends may round a weight of 16 bits to either side."""
+        averages = {"averages": self.averages, "average_decay": 0.75, "lr": 0.0}
+        self.step(ops, **(averages | options))
 
     def update(self, ops=OPS):
         ops.prune_(self.weights, self.masks, self.k, self.momenta)
@@ -89,7 +97,7 @@ class State:
         ]
 
     def tensors(self):
-        return [*self.weights, *self.momenta, *self.masks]
+        return [*self.weights, *self.momenta, *self.averages, *self.masks]
 
 
 def assert_equal(ours, expected):
@@ -102,13 +110,14 @@ def assert_equal(ours, expected):
 
 
 def run_all(state, ops=OPS):
+    state.averaged_step(ops)
     state.step(ops)
     state.update(ops)
     return state.other_operators(ops)
 
 
 class Training:
-    """A network, its optimizer and an update, all that one step of sparse training does."""
+    """A network, its average, its optimizer and an update, all that one step of sparse training does."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -128,6 +137,8 @@ class Training:
         self.optimizer = MaskedSGD(
             self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4
         )
+        self.average = copy.deepcopy(self.model)
+        self.optimizer.average_into(self.average.parameters(), 0.5)
         self.x = torch.randn(8, 3, 16, 16, device=GPU)
         self.y = torch.randint(10, (8,), device=GPU)
         self.k = torch.tensor([5000], device=GPU)

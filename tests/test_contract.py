@@ -392,6 +392,36 @@ def test_averages_of_the_weights_follow_the_masks(kind: str) -> None:
         sparsifier.follow(sparsify(nn.Linear(3, 3)))
 
 
+def test_averages_of_the_optimizers_step_follow_the_masks() -> None:
+    """Through updates that drop and regrow: as torch averages beside it, and zero where a mask is."""
+    model = network()
+    optimizer = MaskedSGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    sparsifier = GraNet(model, optimizer, initial_sparsity=0.5, **SETTINGS)
+    average = copy.deepcopy(model)
+    optimizer.average_into(average.parameters(), decay=0.9)
+    sparsifier.follow(average)
+    expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    expected.update_parameters(model)  # the first time it is a copy
+    updates = 0
+    for step in range(STEPS):
+        before = masks(sparsifier)
+        backward(model, step)
+        optimizer.step()
+        expected.update_parameters(model)
+        sparsifier.step()
+        optimizer.zero_grad()
+        updates += not same_masks(before, masks(sparsifier))
+        for name, layer in masked_layers(average).items():
+            mask = sparsifier.layers[name].mask
+            assert torch.equal(layer.mask, mask)
+            assert not layer.weight[~mask].any()
+            with torch.no_grad():  # a regrown weight's average starts from zero
+                expected.module.get_parameter(f"{name}.weight")[~(mask & before[name])] = 0.0
+        for mine, theirs in zip(average.parameters(), expected.module.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert updates > 1
+
+
 # --- 6: where a run starts, and where masks stop --------------------------------------------------
 
 

@@ -74,12 +74,22 @@ def test_on_numpy_arrays_in_any_order(simt, order, numel):
     assert np.array_equal(simt.unpack_mask(packed, numel).astype(bool), mask)
     assert simt.count_active(packed) == mask.sum()
 
-    weight, grad, velocity = random.normal(size=(3, numel)).astype(np.float32)
+    weight, grad, velocity, average = random.normal(size=(4, numel)).astype(np.float32)
+    alone = weight.copy(), velocity.copy()
     wanted_velocity = np.where(mask, 0.9 * velocity + grad + 0.01 * weight, velocity)
     wanted = np.where(mask, weight - 0.1 * wanted_velocity, weight)
     simt.masked_sgd(weight, grad, velocity, packed, lr=0.1, momentum=0.9, weight_decay=0.01)
     np.testing.assert_allclose(velocity, wanted_velocity, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(weight, wanted, rtol=1e-6, atol=1e-6)
+
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "average_decay": 0.75}
+    wanted_average = np.where(mask, average + 0.25 * (wanted - average), average)
+    simt.masked_sgd(alone[0], grad, alone[1], packed, average=average, **options)
+    np.testing.assert_allclose(average, wanted_average, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(average[~mask], wanted_average[~mask].astype(np.float32))
+    assert np.array_equal(alone[0], weight)
+    assert np.array_equal(alone[1], velocity)
+
     assert np.array_equal(weight[~mask], wanted[~mask].astype(np.float32))
     simt.zero_inactive(weight, packed)
     assert np.array_equal(weight != 0, mask)

@@ -35,17 +35,20 @@ def test_operators_in_a_graph(warm_up):
     ours, expected = State(), State()
 
     def work():
+        ours.averaged_step(lr=0.1)
         ours.step()
         ours.update()
 
     graph = captured(work, warm_up)
     for _ in range(warm_up):
+        expected.averaged_step(reference, lr=0.1)
         expected.step(reference)
         expected.update(reference)
     for k in (9000, 4000, 1):
         ours.k.fill_(k)
         expected.k.fill_(k)
         graph.replay()
+        expected.averaged_step(reference, lr=0.1)
         expected.step(reference)
         expected.update(reference)
         assert_equal(ours.tensors(), expected.tensors())
@@ -79,8 +82,12 @@ def test_a_whole_step_with_an_update_in_a_graph(monkeypatch):
         for training in (ours, twin):
             training.x.copy_(x)
             training.k.fill_(k)
+        before = [param.clone() for param in ours.average.parameters()]
         graph.replay()
         twin.step()
+        for average, old in zip(ours.average.parameters(), before, strict=True):
+            assert average.isfinite().all()
+            assert not torch.equal(average, old)
         counts = count_active([layer.packed_mask for layer in ours.layers])
         assert int(counts.sum()) == k
         torch.testing.assert_close(ours.loss, twin.loss, rtol=1e-2, atol=1e-3)

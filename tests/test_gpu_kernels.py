@@ -82,6 +82,7 @@ def test_nothing_waits():
     state.step(**scalars)
     with no_waiting():
         state.step(lr=0.3, weight_decay=0.2)
+        state.averaged_step(lr=0.3, average_decay=0.9)
         state.step(**scalars)
         run_all(state)
         fresh = [torch.empty_like(grad).copy_(grad) for grad in state.grads]
@@ -102,6 +103,7 @@ def test_infinite_gradients_change_nothing_without_waiting():
     found = torch.tensor(1.0, device=GPU)
     with no_waiting():
         state.step(found_inf=found, grad_scale=torch.full((), 2.0, device=GPU))
+        state.averaged_step(found_inf=found)
     assert_equal(state.tensors(), before)
 
 
@@ -128,6 +130,7 @@ def test_nothing_compiles_anew_for_other_lengths_and_numbers(backend):
     try:
         other.step(lr=1.0, weight_decay=0.5, momentum=0.1)
         other.step(lr=0.5)
+        other.averaged_step(lr=0.5, average_decay=0.2)
         OPS.prune_(other.weights, other.masks, torch.tensor([1], device=GPU), other.momenta)
     finally:
         triton.knobs.compilation.listener = before

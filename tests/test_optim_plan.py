@@ -105,6 +105,24 @@ def becomes_differentiable(model, optimizer):
     optimizer.defaults["differentiable"] = False  # the group's updates, outside of autograd
 
 
+def gets_other_averages(model, optimizer):
+    optimizer.average_into([torch.ones_like(param) for param in model.parameters()], 0.5)
+
+
+WITH_AVERAGES = (
+    masks_another_weight,
+    changes_bits_in_place,
+    loses_a_gradient,
+    gets_another_momentum,
+    loses_its_state,
+    loads_a_state,
+    is_detached,
+    loses_its_momentum,
+    becomes_differentiable,
+    gets_other_averages,
+)
+"""All others change what averages have to be like."""
+
 CHANGES = (
     masks_another_weight,
     changes_bits_in_place,
@@ -124,10 +142,12 @@ CHANGES = (
 )
 
 
-def outcome(change, forgets):
-    """Two steps, the change, and one more: all parameters and momenta."""
+def outcome(change, forgets, averaged=False):
+    """Two steps, the change, and one more: all parameters, momenta and averages."""
     model = network()
     optimizer = MaskedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    if averaged:
+        optimizer.average_into(copy.deepcopy(model).parameters(), 0.9)
     for step in range(2):
         set_gradients(model, step)
         optimizer.step()
@@ -137,7 +157,8 @@ def outcome(change, forgets):
         optimizer._plans.clear()
     optimizer.step()
     momenta = [optimizer.momentum_of(parameter) for parameter in model.parameters()]
-    return [*model.parameters(), *model.buffers(), *momenta]
+    averages = [tensor for tensors in optimizer._averages for tensor in tensors]
+    return [*model.parameters(), *model.buffers(), *momenta, *averages]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -145,6 +166,14 @@ def test_a_step_after_a_change_is_that_of_who_remembers_nothing(change):
     for ours, wanted in zip(outcome(change, False), outcome(change, True), strict=True):
         assert (ours is None) == (wanted is None)
         assert ours is None or torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("change", WITH_AVERAGES, ids=lambda change: change.__name__)
+def test_averages_after_a_change_are_those_of_who_remembers_nothing(change):
+    ours, wanted = (outcome(change, forgets, averaged=True) for forgets in (False, True))
+    for a, b in zip(ours, wanted, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
 
 
 def test_weights_of_another_dtype_are_updated_apart():
@@ -164,6 +193,7 @@ def test_weights_of_another_dtype_are_updated_apart():
 def test_nothing_is_planned_anew_while_nothing_changes(monkeypatch):
     model = network()
     optimizer = MaskedSGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.average_into(copy.deepcopy(model).parameters())
     plans = []
     plan = MaskedSGD._plan
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ from granet_kernels import pack_mask, use_backend
 from granet_kernels.backends import reference
 from granet_kernels.layout import full_mask
 from granet_kernels.selftest import backends_with
-from tests.helpers import FP64, NAN, bits, mask_of
+from tests.helpers import FP64, INF, NAN, bits, mask_of
 
 PLAIN = {
     "lr": 0.5,
@@ -173,6 +173,134 @@ def test_a_second_step_finds_tensors_that_have_moved():
     assert (weight.tolist(), moved.tolist()) == ([-0.5] * 33, [-1.0] * 33)
 
 
+# ---- averages ------------------------------------------------------------------------------------
+
+
+def average_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def test_average_by_hand():
+    """w' = 2 - 0.5 * 1 = 1.5; a' = 4 + 0.25 * (1.5 - 4)."""
+    weight, average = torch.tensor([2.0, 2.0]), torch.tensor([4.0, NAN])
+    mask = pack_mask(mask_of(1, 0))
+    before = bits(average)
+    step([weight], [torch.ones(2)], [], [mask], averages=[average], average_decay=0.75)
+    assert bits(weight) == bits([1.5, 2.0])
+    assert bits(average) == [*bits([3.375]), before[1]]
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_the_ends_of_a_decay_are_exact(decay):
+    """Of numbers so far apart that their difference is rounded: all of the weight, or nothing."""
+    weight, average = torch.tensor([1.0, 3.0]), torch.tensor([1e20, -1e-20])
+    expected = [0.5, 2.5] if decay == 0 else average.tolist()
+    step([weight], [torch.ones(2)], [], [full_mask(2)], averages=[average], average_decay=decay)
+    assert average.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_average_is_of_the_weight_as_it_is_stored(dtype):
+    """1 - 2^-10 is 1 in bf16, as 1 - 2^-13 is in fp16; the average has more bits than either."""
+    lr = 2.0 ** (-10 if dtype == torch.bfloat16 else -13)
+    weight, grad = torch.ones(9).to(dtype), torch.ones(9).to(dtype)
+    average = torch.full((9,), 1.5)
+    options = {"lr": lr, "averages": [average], "average_decay": 0.5}
+    step([weight], [grad], [], [full_mask(9)], **options)
+    assert weight.tolist() == [1.0] * 9
+    assert average.tolist() == [1.25] * 9
+
+
+def test_infinite_gradients_move_no_average():
+    weight, average = torch.tensor([2.0]), torch.tensor([4.0])
+    scaler = {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(1.0)}
+    averages = {"averages": [average], "average_decay": 0.5}
+    step([weight], [torch.tensor([NAN])], [], [full_mask(1)], **averages, **scaler)
+    assert (weight.item(), average.item()) == (2.0, 4.0)
+
+
+@pytest.mark.parametrize("values", [NAN, INF, -INF], ids=str)
+def test_what_is_not_finite_shows_in_the_average(values):
+    """Where it is active; nobody else is touched."""
+    weight, average = torch.zeros(33), torch.ones(33)
+    grad = torch.full((33,), -values)
+    active = torch.arange(33) % 4 == 0
+    averages = {"averages": [average], "average_decay": 0.9}
+    step([weight], [grad], [], [pack_mask(active)], **averages)
+    assert not average[active].isfinite().any()
+    assert average[~active].tolist() == [1.0] * 24
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_averages_in_larger_memory(dtype, offset, momentum):
+    """Inactive ones, and what lies before and behind, keep their bits, NaN payloads included."""
+    params = [torch.randn(numel).to(dtype) for numel in NEAR_A_CHUNK]
+    grads = [torch.randn(numel).to(dtype) for numel in NEAR_A_CHUNK]
+    momenta = [torch.randn(numel).to(dtype) for numel in NEAR_A_CHUNK] if momentum else []
+    masks = [
+        torch.rand(numel) < density for numel, density in zip(NEAR_A_CHUNK, DENSITIES, strict=True)
+    ]
+    packed = [pack_mask(mask) for mask in masks]
+    memory = [torch.randn(offset + n + 9).to(average_dtype(dtype)) for n in NEAR_A_CHUNK]
+    averages = [m[offset : offset + n] for m, n in zip(memory, NEAR_A_CHUNK, strict=True)]
+    for average, mask in zip(averages, masks, strict=True):
+        average[~mask] = NAN
+    options = PLAIN | {"momentum": momentum, "average_decay": 0.9}
+    before = [m.clone() for m in memory]
+    step(params, grads, momenta, packed, averages=averages, **options)
+    for i, (after, old, mask) in enumerate(zip(memory, before, masks, strict=True)):
+        written = torch.zeros(old.shape, dtype=torch.bool)
+        written[offset : offset + mask.numel()] = mask
+        expected = old.clone()
+        expected[written] = old[written].lerp(params[i][mask].to(old.dtype), 0.1)
+        torch.testing.assert_close(after[written], expected[written])
+        assert torch.equal(as_bits(after)[~written], as_bits(old)[~written])
+
+
+DENSITIES = [1.0, 1.0, 0.02, 0.0, 0.3, 0.9]  # of NEAR_A_CHUNK
+
+
+def as_bits(tensor):
+    return tensor.view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
+
+
+def test_averages_of_any_memory_layout():
+    shape = (4, 10, 3, 3)
+    weight = torch.randn(shape).to(memory_format=torch.channels_last)
+    average = torch.randn(shape).to(memory_format=torch.channels_last)
+    mask = torch.rand(shape) < 0.5
+    wanted = torch.where(mask, average.lerp(weight - 0.5, 0.25), average)
+    averages = {"averages": [average], "average_decay": 0.75}
+    step([weight], [torch.ones(shape)], [], [pack_mask(mask, like=weight)], **averages)
+    torch.testing.assert_close(average, wanted)
+
+
+def test_averages_change_nothing_else():
+    """And an empty list is none."""
+    weight, momentum, grad = torch.randn(3, 1009)
+    mask, options = pack_mask(torch.rand(1009) < 0.5), {"momentum": 0.9, "weight_decay": 0.1}
+    others = [(weight.clone(), momentum.clone()) for _ in range(2)]
+    step([weight], [grad], [momentum], [mask], **options)
+    for (w, v), averages in zip(others, ([torch.randn(1009)], []), strict=True):
+        step([w], [grad], [v], [mask], averages=averages, average_decay=0.9, **options)
+        assert bits(w) == bits(weight)
+        assert bits(v) == bits(momentum)
+
+
+def test_autograd_is_told_that_averages_changed():
+    weight, average = torch.ones(9), torch.ones(9)
+    version = average._version
+    step([weight], [torch.ones(9)], [], [full_mask(9)], averages=[average], average_decay=0.9)
+    assert average._version > version
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -190,6 +318,25 @@ def test_a_second_step_finds_tensors_that_have_moved():
         ),
         ({"found_inf": torch.ones(2)}, "found_inf: expected a tensor of one element"),
         ({"params": [torch.ones(9).long()]}, "params[0]: expected a float32, bfloat16"),
+        (
+            {"averages": 2 * [torch.ones(9)]},
+            "averages: expected 1 tensors, one for each of params, got 2",
+        ),
+        (
+            {"averages": [torch.ones(9).bfloat16()]},
+            "averages[0]: expected float32, in which params[0], float32, is computed, got bfloat16 (9,)",
+        ),
+        ({"averages": [torch.ones(8)]}, "averages[0]: expected the shape of params[0], (9,), got"),
+        ({"averages": [torch.ones(18)[::2]]}, "averages[0]: expected a tensor without gaps"),
+        (
+            {"averages": [torch.ones(9)], "average_decay": 1.5},
+            "average_decay: expected a number in",
+        ),
+        (
+            {"averages": [torch.ones(9)], "average_decay": -0.1},
+            "average_decay: expected a number in",
+        ),
+        ({"averages": [torch.ones(9)], "average_decay": NAN}, "in [0, 1], got nan"),
     ],
 )
 def test_errors_change_nothing(change, message):
@@ -203,6 +350,31 @@ def test_errors_change_nothing(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         step(**(call | change))
     assert params[0].tolist() == [1] * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_averages_of_half_precision_are_refused(dtype):
+    weight, grad, average = torch.ones(3, 9).to(dtype)
+    message = f"averages[0]: expected float32, in which params[0], {str(dtype)[6:]}, is computed"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        step([weight], [grad], [], [full_mask(9)], averages=[average], average_decay=0.9)
+    assert weight.tolist() == average.tolist() == [1] * 9
+
+
+def test_an_average_of_another_memory_layout_is_refused():
+    weight, average = torch.ones(4, 3), torch.ones(3, 4).t()
+    with pytest.raises(
+        ValueError, match=r"averages\[0\]: expected the memory layout of params\[0\]"
+    ):
+        step([weight], [torch.ones(4, 3)], [], [full_mask(12)], averages=[average])
+
+
+def test_an_average_must_have_memory_of_its_own():
+    weight, grad = torch.ones(9), torch.ones(9)
+    for shared in (weight, grad):
+        with pytest.raises(ValueError, match=r"(averages|params)\[0\]: expected memory of its own"):
+            step([weight], [grad], [], [full_mask(9)], averages=[shared], average_decay=0.9)
+    assert weight.tolist() == grad.tolist() == [1] * 9
 
 
 def test_weight_and_momentum_must_not_share_memory():

@@ -126,6 +126,18 @@ def test_masked_sgd(counted, dtype, sparsity):
             *momenta,
         )
         assert found == masked_sgd_bytes(params, of_momenta, masks)
+    averages = [
+        torch.ones_like(param, dtype=torch.promote_types(dtype, torch.float32)) for param in params
+    ]
+    options |= {"momentum": 0.9, "averages": averages, "average_decay": 0.9}
+    found, _ = counted(
+        lambda: operators.masked_sgd_(params, grads, momenta, masks, **options),
+        *params,
+        *grads,
+        *momenta,
+        *averages,
+    )
+    assert found == masked_sgd_bytes(params, momenta, masks, averages)
 
 
 def test_masked_sgd_by_hand():
@@ -137,6 +149,9 @@ def test_masked_sgd_by_hand():
     # bf16: two groups in a sector, of which 0 and 1 share one.
     half = param.bfloat16()
     assert masked_sgd_bytes([half], [half], [mask]) == 5 * 2 * 32 + 128
+    # An average of it has fp32: read and written.
+    moved = masked_sgd_bytes([half], [half], [mask], [param])
+    assert moved == 5 * 2 * 32 + 2 * 3 * 32 + 128
 
 
 def test_dense_masked_sgd_moves_what_the_dense_step_does():

@@ -1,4 +1,7 @@
-"""MaskedSGD's step on ResNet-50's weights, against torch's fused one and other ways to mask it."""
+"""MaskedSGD's step on ResNet-50's weights, against torch's fused one and other ways to mask it.
+
+And with an average of the weights, against the fused step and torch's average behind it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bench.cpu import verdict
 from bench.cpu.race import Contender, Run, whole
@@ -22,11 +26,17 @@ OPTIONS = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 
 FUSED, PUBLISHED, COMPILED = "torch SGD fused", "published masking", "torch.compile, float mask"
 OURS = "MaskedSGD"
+FUSED_AVERAGED, OURS_AVERAGED = "torch SGD fused, AveragedModel", "MaskedSGD, average_into"
+AVERAGED_MEASURE = "step and average"
+DECAY = 0.999
 
 
 def pytest_generate_tests(metafunc):
     quick = metafunc.config.getoption("--quick")
-    metafunc.parametrize("sparsity", (0.0, 0.9) if quick else tuple(STEP))
+    sparsities = (0.0, 0.9) if quick else tuple(STEP)
+    if metafunc.function is test_averaged_step:
+        sparsities = tuple(filter(None, sparsities))  # what a mask saves, not what a pass does
+    metafunc.parametrize("sparsity", sparsities)
 
 
 def fused(tensors: Tensors) -> Run:
@@ -70,6 +80,26 @@ def ours(tensors: Tensors) -> Run:
     return whole(MEASURE, MaskedSGD(tensors.parameters(masked=True), **OPTIONS).step)
 
 
+def fused_averaged(tensors: Tensors) -> Run:
+    """Torch's fused step, then a pass over all weights and averages."""
+    model = nn.ParameterList(tensors.parameters(masked=False))
+    optimizer = torch.optim.SGD(model.parameters(), fused=True, **OPTIONS)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+
+    def step() -> None:
+        optimizer.step()
+        average.update_parameters(model)
+
+    return whole(AVERAGED_MEASURE, step)
+
+
+def ours_averaged(tensors: Tensors) -> Run:
+    params = tensors.parameters(masked=True)
+    optimizer = MaskedSGD(params, **OPTIONS)
+    optimizer.average_into([param.detach().clone() for param in params], DECAY)
+    return whole(AVERAGED_MEASURE, optimizer.step)
+
+
 def _contender(role: str, build: Callable[[Tensors], Run], tensors: Tensors) -> Contender:
     return Contender(role=role, variant="", build=lambda: build(tensors))
 
@@ -101,4 +131,27 @@ def test_step(sparsity, threads, effort, race, ledger):
         )
         ledger += [row] if row else []
     if reason := done.failure(OURS):
+        pytest.fail(reason)
+
+
+def test_averaged_step(sparsity, threads, effort, race, ledger):
+    tensors = make_tensors(sparsity)
+    contenders = [
+        _contender(FUSED_AVERAGED, fused_averaged, make_tensors(0.0)),
+        _contender(OURS_AVERAGED, ours_averaged, tensors),
+    ]
+    done = race(contenders, SECONDS)
+    row = verdict.row(
+        done,
+        group="step",
+        case=f"ResNet-50's {len(tensors.weights)} weights and their average, {tensors.numel / 1e6:.1f} M",
+        measure=AVERAGED_MEASURE,
+        threads=threads,
+        sparsity=sparsity,
+        baseline=FUSED_AVERAGED,
+        ours=OURS_AVERAGED,
+        operator="masked_sgd_",
+    )
+    ledger += [row] if row else []
+    if reason := done.failure(OURS_AVERAGED):
         pytest.fail(reason)

@@ -94,9 +94,10 @@ def of_gather(made: Specialization) -> Traffic:
 def of_sgd(made: Specialization) -> Traffic:
     param = size_of(made.constant("PARAM"))
     speed = 0 if made.is_constant("momentum") else size_of(made.constant("SPEED"))
+    average = 0 if made.is_constant("share") else max(param, size_of(tl.float32))
     elements = made.constant("GROUPS") * GROUP.value
     width = WIDE if made.constant("ALIGNED") else 0
-    return Traffic(elements, 2 * param + speed, param + speed, width)
+    return Traffic(elements, 2 * param + speed + average, param + speed + average, width)
 
 
 def of_digits(made: Specialization) -> Traffic:

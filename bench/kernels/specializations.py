@@ -45,6 +45,8 @@ SGD_FLAGS: dict[str, dict[str, Any]] = {
     "no decay": {"weight_decay": 0.0},
     "no momentum": {"momentum": 0.0},
     "lr tensor": {"lr_tensor": torch.ones(())},
+    "average": {"average_decay": 0.999},
+    "average, no momentum": {"average_decay": 0.999, "momentum": 0.0},
     "scaled": {"grad_scale": torch.ones(()), "found_inf": torch.zeros(())},
 }
 
@@ -121,6 +123,8 @@ def sgd_calls() -> Calls:
         options = SGD | flags
         param, grad = tensor(RAGGED, dtype, offset), tensor(RAGGED, dtype)
         momenta = [tensor(RAGGED, momentum_dtype)] if options["momentum"] else []
+        if "average_decay" in options:
+            options |= {"averages": [tensor(RAGGED, torch.promote_types(dtype, torch.float32))]}
         return operators.masked_sgd_([param], [grad], momenta, [mask(RAGGED)], **options)
 
     for dtype in DTYPES:
@@ -134,6 +138,10 @@ def sgd_calls() -> Calls:
     for dtype in (torch.bfloat16, torch.float16):
         label = f"masked_sgd_ {short(dtype)}, momentum float32"
         yield label, functools.partial(call, dtype, torch.float32, 0)
+        yield (
+            f"{label}, average",
+            functools.partial(call, dtype, torch.float32, 0, average_decay=0.999),
+        )
 
 
 def select_calls() -> Calls:

@@ -17,13 +17,15 @@ struct SgdTensor {
   void* momentum;       // ignored where options.momentum is 0
   const uint8_t* mask;  // mask_bytes(numel) bytes
   int64_t numel;
+  void* average = nullptr;  // in fp32 (fp64 where the parameter is), where there is one
 };
 
 // For every active weight w with gradient g and momentum v, in fp32 (fp64 where w or v is):
 //     g = ±g / grad_scale + weight_decay * w;  v = momentum * v + (1 - dampening) * g;  w -= lr * (v, or g + momentum *
 //     v)
-// with v = g where `first`. Inactive weights and their momenta keep their bits, NaN payloads included; where 64
-// weights, counted from the first, are inactive, none of them is read or written.
+// with v = g where `first`; then average += (1 - average_decay) * (w - average), of w as it was stored. Inactive
+// weights, their momenta and averages keep their bits, NaN payloads included; where 64 weights, counted from the first,
+// are inactive, none of them is read or written.
 //
 // Every sum of a product is rounded once where the instruction set has a fused multiply-add, like torch.optim.SGD's,
 // and twice elsewhere; results do not depend on threads, sizes or alignment.

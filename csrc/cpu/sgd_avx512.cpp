@@ -4,11 +4,14 @@
 #if GRANET_X86
 #include "common/target_avx512.h"
 
+#include "cpu/sgd_average.h"
 #include "cpu/sgd_kernel.h"
 
 namespace granet::cpu::avx512 {
 
 SgdKernel sgd_kernel(Dtype param, Dtype momentum) { return sgd_kernel_of_pair(param, momentum); }
+
+AverageKernel average_kernel(Dtype param) { return average_kernel_of(param); }
 
 }  // namespace granet::cpu::avx512
 

@@ -16,7 +16,8 @@ struct SgdOptions {
   double grad_scale = 1;
   bool nesterov = false;
   bool maximize = false;
-  bool first = false;  // the momentum is created: it is written, not read
+  bool first = false;        // the momentum is created: it is written, not read
+  double average_decay = 0;  // of averages, where there are any
 };
 
 // A run of weights in groups of eight, whole ones.
@@ -31,6 +32,18 @@ struct SgdChunk {
 };
 
 using SgdKernel = void (*)(const SgdChunk& chunk, const SgdOptions& options);
+
+// The averages of a run of weights that have just been updated.
+struct AverageChunk {
+  void* average;  // in the dtype that the parameter is computed in
+  const void* param;
+  const uint8_t* mask;
+  int64_t group_count;
+  bool is_listed;
+  bool fetches_ahead;
+};
+
+using AverageKernel = void (*)(const AverageChunk& chunk, double decay);
 
 // 65 536 weights: some 30 microseconds. With a quarter of it two threads took 1.02 times as long at 50 to 95 %
 // sparsity. Threads meet between cache lines if the tensors begin at one.

@@ -8,14 +8,9 @@
 #include "common/prefetch.h"
 #include "common/simd_dtypes.h"
 #include "cpu/sgd_chunk.h"
-#include "cpu/sgd_list.h"
+#include "cpu/sgd_walk.h"
 
 namespace granet::cpu::GRANET_ISA {
-
-// Words of the mask, 256 bytes of each fp32 tensor, by which the lines of every group are fetched ahead where that is
-// done (sgd.cpp), into the first level. When it was new it took 0.93 of the time on one thread (8 to 12 words alike; 4
-// and 6, or the second level, gained nothing), and as long on two, which wait for memory; on which Zen is not certain.
-constexpr int64_t kWordsAhead = 10;
 
 // Which terms the update of a weight has.
 struct SgdTerms {
@@ -57,58 +52,6 @@ class SgdUpdate {
         gain_(static_cast<C>(1 - options.dampening)),
         rate_(static_cast<C>(-options.lr)) {}
 
-  // Every group of the chunk, except for words without an active weight. The groups of a word are not told apart: at
-  // 90 % random sparsity a branch for each cannot be foreseen, and made the step take 1.4 times as long.
-  void all_groups(const SgdChunk chunk) const {
-    const int64_t whole = chunk.group_count / kWordGroups * kWordGroups;
-    for (int64_t g = 0; g < whole; g += kWordGroups) {
-      uint64_t word;
-      __builtin_memcpy(&word, chunk.mask + g, sizeof word);
-      for (int64_t i = 0; i < kWordGroups && chunk.fetches_ahead; ++i) {
-        prefetch<kFirstLevel>(chunk, g + kWordsAhead * kWordGroups + i);
-      }
-      if (word == ~uint64_t{0}) {
-        for (int64_t i = 0; i < kWordGroups; ++i) group<true>(chunk, g + i, kAll);
-      } else if (word != 0) {
-        for (int64_t i = 0; i < kWordGroups; ++i)
-          group<false>(chunk, g + i, static_cast<uint8_t>(word >> (i * kMaxLanes)));
-      }
-    }
-    for (int64_t g = whole; g < chunk.group_count; ++g) {
-      if (chunk.mask[g] != 0) group<false>(chunk, g, chunk.mask[g]);
-    }
-  }
-
-  // The groups that have an active weight: those of a list, in turn with fetching those of the next one.
-  void listed_groups(const SgdChunk chunk) const {
-    const int64_t words = chunk.group_count / kWordGroups;
-    GroupList lists[2];
-    for (int64_t turn = -1; turn < kStride; ++turn) {
-      const GroupList& now = lists[turn & 1];
-      GroupList& next = lists[(turn + 1) & 1];
-      next.take(chunk.mask, turn + 1 < kStride ? words : 0, turn + 1);
-      take_turns(chunk, now, next);
-    }
-    for (int64_t g = words * kWordGroups; g < chunk.group_count; ++g) {
-      if (chunk.mask[g] != 0) group<false>(chunk, g, chunk.mask[g]);
-    }
-  }
-
- private:
-  static constexpr uint32_t kAll = 0xff;
-
-  // The processor's own prefetchers would fetch the wrong lines. With 28 % of the lines in use the second level of
-  // caches takes 0.6 of the time of prefetching into the first, which gained nothing.
-  void take_turns(const SgdChunk& chunk, const GroupList& now, const GroupList& next) const {
-    const int64_t both = now.size() < next.size() ? now.size() : next.size();
-    for (int64_t i = 0; i < both; ++i) {
-      prefetch<kSecondLevel>(chunk, next[i]);
-      group<false>(chunk, now[i], chunk.mask[now[i]]);
-    }
-    for (int64_t i = both; i < now.size(); ++i) group<false>(chunk, now[i], chunk.mask[now[i]]);
-    for (int64_t i = both; i < next.size(); ++i) prefetch<kSecondLevel>(chunk, next[i]);
-  }
-
   // The eight weights of a group, of which those whose bit is set are written.
   template <bool all>
   void group(const SgdChunk& chunk, int64_t g, uint32_t mask) const {
@@ -125,6 +68,7 @@ class SgdUpdate {
     __builtin_prefetch(static_cast<M*>(chunk.momentum) + kMaxLanes * g, kToRead, level);
   }
 
+ private:
   template <bool all>
   void lanes(P* param, const P* grad, M* momentum, uint32_t mask) const {
     const auto param_bits = load_bits<n>(param);
@@ -134,20 +78,11 @@ class SgdUpdate {
     if (given_.terms.moved) {
       const auto momentum_bits = load_bits<n>(momentum);
       const Lanes<C, n> velocity = given_.terms.first ? step : faster(Coding<M, n>::decode(momentum_bits), step);
-      write<M, all>(momentum, Coding<M, n>::encode(convert<V, n, C>(velocity)), momentum_bits, mask);
+      write<n, all>(momentum, Coding<M, n>::encode(convert<V, n, C>(velocity)), momentum_bits, mask);
       step = given_.terms.nesterov ? multiply_add<C, n>(velocity, splat(lookahead_), step) : velocity;
     }
     const Lanes<C, n> updated = multiply_add<C, n>(step, splat(rate_), convert<C, n, G>(weight));
-    write<P, all>(param, Coding<P, n>::encode(convert<G, n, C>(updated)), param_bits, mask);
-  }
-
-  template <typename T, bool all>
-  static void write(T* address, const Lanes<Bits<T>, n>& bits, const Lanes<Bits<T>, n>& old, uint32_t mask) {
-    if constexpr (all) {
-      store_bits<n>(address, bits);
-    } else {
-      store_where<n>(address, bits, old, mask);
-    }
+    write<n, all>(param, Coding<P, n>::encode(convert<G, n, C>(updated)), param_bits, mask);
   }
 
   Lanes<G, n> decayed(Lanes<G, n> gradient, const Lanes<G, n>& weight) const {
@@ -173,9 +108,9 @@ template <typename P, typename M, typename Terms>
 void sgd_chunk_of(const SgdChunk& chunk, const SgdOptions& options) {
   const SgdUpdate<P, M, Terms> update(options);
   if (chunk.is_listed) {
-    update.listed_groups(chunk);
+    listed_groups(update, chunk);
   } else {
-    update.all_groups(chunk);
+    all_groups(update, chunk);
   }
 }
 

@@ -27,6 +27,8 @@ struct SgdOptions {
   bool nesterov = false;
   bool maximize = false;
   bool first = false;
+  bool is_averaged = false;  // there is a list of averages
+  double average_decay = 0;
 };
 
 // What SgdScalar points to: fp32, or fp64 where one of them is fp64.
@@ -37,9 +39,11 @@ constexpr Dtype sgd_compute_dtype(Dtype param, Dtype momentum) {
 
 // g = +-grad / grad_scale + weight_decay w;  v = momentum v + (1 - dampening) g;  w = w - lr (g + momentum v  or  v).
 //
-// On the first step v = g. Computed in fp32 (fp64 where a tensor is fp64), rounded once. Inactive weights and momenta
-// keep their bits; vectors of 16 bytes without an active weight are neither read nor written. Lists: param, grad, mask
-// and, with momentum, momenta; gradients have their parameter's dtype.
+// On the first step v = g. Computed in fp32 (fp64 where a tensor is fp64), rounded once. With averages, then
+// average += (1 - average_decay) (w - average), of w as it is stored. Inactive weights, momenta and averages keep their
+// bits; vectors of 16 bytes without an active weight are neither read nor written. Lists: param, grad, mask, momenta
+// where there is momentum, and averages, fp32 (fp64 of fp64 parameters), where there are any; gradients have their
+// parameter's dtype.
 cudaError_t launch_masked_sgd(const Table& tensors, Dtype param, Dtype momentum, const SgdOptions& options,
                               cudaStream_t stream);
 

@@ -14,12 +14,14 @@ namespace {
 
 void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
                  std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
-                 double grad_scale, bool nesterov, bool maximize, bool first) {
-  const bool has_momentum = momentum != 0;
+                 double grad_scale, bool nesterov, bool maximize, bool first, std::vector<Tensor> averages,
+                 double average_decay) {
+  const bool has_momentum = momentum != 0, has_averages = !averages.empty();
   STD_TORCH_CHECK(!params.empty(), "params: expected at least one tensor, got none");
   STD_TORCH_CHECK(grads.size() == params.size() && masks.size() == params.size() &&
-                      (!has_momentum || momenta.size() == params.size()),
-                  "grads, masks, momenta: expected one for each of the ", params.size(), " params");
+                      (!has_momentum || momenta.size() == params.size()) &&
+                      (!has_averages || averages.size() == params.size()),
+                  "grads, masks, momenta, averages: expected one for each of the ", params.size(), " params");
   const ScalarType dtype = params[0].scalar_type();
   const ScalarType momentum_dtype = has_momentum ? momenta[0].scalar_type() : dtype;
   std::vector<cpu::SgdTensor> tensors(params.size());
@@ -37,11 +39,18 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
                   .momentum = nullptr,
                   .mask = static_cast<const uint8_t*>(masks[i].const_data_ptr()),
                   .numel = numel};
-    if (!has_momentum) continue;
-    check_dense(momenta[i], numel, element("momenta", i));
-    STD_TORCH_CHECK(momenta[i].scalar_type() == momentum_dtype, element("momenta", i),
-                    ": expected the dtype of momenta[0]");
-    tensors[i].momentum = momenta[i].mutable_data_ptr();
+    if (has_momentum) {
+      check_dense(momenta[i], numel, element("momenta", i));
+      STD_TORCH_CHECK(momenta[i].scalar_type() == momentum_dtype, element("momenta", i),
+                      ": expected the dtype of momenta[0]");
+      tensors[i].momentum = momenta[i].mutable_data_ptr();
+    }
+    if (has_averages) {
+      check_dense(averages[i], numel, element("averages", i));
+      STD_TORCH_CHECK(averages[i].scalar_type() == average_dtype(dtype), element("averages", i),
+                      ": expected the dtype that the params are computed in");
+      tensors[i].average = averages[i].mutable_data_ptr();
+    }
   }
   const cpu::SgdOptions options = {.lr = lr,
                                    .momentum = momentum,
@@ -50,7 +59,8 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
                                    .grad_scale = grad_scale,
                                    .nesterov = nesterov,
                                    .maximize = maximize,
-                                   .first = first};
+                                   .first = first,
+                                   .average_decay = average_decay};
   cpu::masked_sgd(tensors, floating_dtype(dtype, "params[0]"), floating_dtype(momentum_dtype, "momenta[0]"), options,
                   TorchThreads(static_cast<double>(weights) * 0.5));
 }
@@ -58,16 +68,17 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
 // Computes if the arguments are plainly right, and says whether it did.
 bool try_masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
                      std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
-                     bool nesterov, bool maximize, bool first) {
-  if (momenta.empty() != (momentum == 0) || !is_usual_step(params, grads, momenta, masks)) return false;
+                     bool nesterov, bool maximize, bool first, std::vector<Tensor> averages, double average_decay) {
+  if (momenta.empty() != (momentum == 0) || !is_usual_decay(average_decay)) return false;
+  if (!is_usual_step(params, grads, momenta, masks, averages)) return false;
   masked_sgd_(std::move(params), std::move(grads), std::move(momenta), std::move(masks), lr, momentum, dampening,
-              weight_decay, /*grad_scale=*/1, nesterov, maximize, first);
+              weight_decay, /*grad_scale=*/1, nesterov, maximize, first, std::move(averages), average_decay);
   return true;
 }
 
 bool judge_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
-                std::vector<Tensor> masks) {
-  return is_usual_step(params, grads, momenta, masks);
+                std::vector<Tensor> masks, std::vector<Tensor> averages) {
+  return is_usual_step(params, grads, momenta, masks, averages);
 }
 
 }  // namespace
@@ -76,11 +87,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
       "float momentum, float dampening, float weight_decay, float grad_scale, bool nesterov, bool maximize, "
-      "bool first) -> ()");
+      "bool first, Tensor(c!)[] averages, float average_decay) -> ()");
   m.def(
       "try_masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
-      "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> bool");
-  m.def("is_usual_step(Tensor[] params, Tensor[] grads, Tensor[] momenta, Tensor[] masks) -> bool");
+      "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, "
+      "Tensor(c!)[] averages, float average_decay) -> bool");
+  m.def("is_usual_step(Tensor[] params, Tensor[] grads, Tensor[] momenta, Tensor[] masks, Tensor[] averages) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {

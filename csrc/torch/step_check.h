@@ -36,6 +36,13 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Double;
 }
 
+// In which averages are kept: fp32 where a weight has 16 bits.
+inline ScalarType average_dtype(ScalarType param) {
+  return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline bool is_usual_decay(double decay) { return decay >= 0 && decay <= 1; }
+
 class Spans {  // of memory, each in a place of its own?
  public:
   void add(const Tensor& tensor) {
@@ -54,12 +61,14 @@ class Spans {  // of memory, each in a place of its own?
 };
 
 // True only if masked_sgd_ may take them: of equal shapes, dtypes and layouts, on one device, with packed masks, in
-// memory of their own. False says nothing. Without momenta, an empty list.
+// memory of their own. False says nothing. Without momenta or averages, an empty list.
 inline bool is_usual_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                          const std::vector<Tensor>& momenta, const std::vector<Tensor>& masks) {
+                          const std::vector<Tensor>& momenta, const std::vector<Tensor>& masks,
+                          const std::vector<Tensor>& averages) {
   const size_t count = params.size();
   if (count == 0 || grads.size() != count || masks.size() != count) return false;
   if (!momenta.empty() && momenta.size() != count) return false;
+  if (!averages.empty() && averages.size() != count) return false;
   const ScalarType dtype = params[0].scalar_type();
   const ScalarType momentum_dtype = momenta.empty() ? dtype : momenta[0].scalar_type();
   if (!is_floating(dtype) || !is_floating(momentum_dtype)) return false;
@@ -75,6 +84,7 @@ inline bool is_usual_step(const std::vector<Tensor>& params, const std::vector<T
     const Tensor& mask = masks[i];
     if (!is_like(param, param, dtype) || !has_usual_layout(param) || !is_like(grads[i], param, dtype)) return false;
     if (!momenta.empty() && !is_like(momenta[i], param, momentum_dtype)) return false;
+    if (!averages.empty() && !is_like(averages[i], param, average_dtype(dtype))) return false;
     if (mask.scalar_type() != ScalarType::Byte || !(mask.device() == device) || mask.dim() != 1 ||
         mask.numel() != packed_bytes(param.numel()) || !mask.is_contiguous()) {
       return false;

@@ -100,16 +100,47 @@ def check_masked(name: str, tensors: Sequence[Tensor], masks: Sequence[Tensor]) 
 
 
 def check_momenta(momenta: Sequence[Tensor], weights: Sequence[Tensor], weights_name: str) -> None:
+    """None at all, or one for each weight."""
+    check_companions("momenta", momenta, weights, weights_name)
+
+
+def check_companions(
+    name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor], weights_name: str
+) -> None:
     """None at all, or one for each weight: written in the order of the weight's elements in memory."""
-    if not momenta:
+    if not tensors:
         return
-    check_lengths(**{weights_name: weights, "momenta": momenta})
-    for i, (momentum, weight) in enumerate(zip(momenta, weights, strict=True)):
-        check_written(f"momenta[{i}]", momentum)
-        check_like(f"momenta[{i}]", momentum, weight, f"{weights_name}[{i}]")
-        if not same_layout(momentum, weight):
-            expected = f"the memory layout of {weights_name}[{i}], strides {weight.stride()}"
-            fail(f"momenta[{i}]", expected, f"strides {momentum.stride()}")
+    check_lengths(**{weights_name: weights, name: tensors})
+    for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
+        check_written(f"{name}[{i}]", tensor)
+        check_companion(f"{name}[{i}]", tensor, weight, f"{weights_name}[{i}]")
+
+
+def check_companion(argument: str, tensor: Tensor, weight: Tensor, weight_name: str) -> None:
+    """Shape, device and memory layout are the weight's."""
+    check_like(argument, tensor, weight, weight_name)
+    if not same_layout(tensor, weight):
+        expected = f"the memory layout of {weight_name}, strides {weight.stride()}"
+        fail(argument, expected, f"strides {tensor.stride()}")
+
+
+def check_average(argument: str, average: Tensor, weight: Tensor, weight_name: str) -> None:
+    """In the dtype that the weight is computed in, and like the weight otherwise."""
+    expected = compute_dtype(weight.dtype)
+    if average.dtype != expected:
+        reason = f"in which {weight_name}, {dtype_name(weight.dtype)}, is computed"
+        fail(argument, f"{dtype_name(expected)}, {reason}", describe(average))
+    check_companion(argument, average, weight, weight_name)
+
+
+def check_average_decay(decay: float) -> None:
+    if not 0 <= decay <= 1:  # NaN neither
+        fail("average_decay", "a number in [0, 1]", decay)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 of bf16 and fp16; other dtypes are their own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def check_disjoint(reads: Sequence[Tensor] = (), **written: Sequence[Tensor]) -> None:

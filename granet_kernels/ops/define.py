@@ -53,8 +53,10 @@ def define(
             check(*args, **kwargs)
             check_data(*args, **kwargs)
         # Before the kernel: what the checks have read is still in the cache.
-        for position in written:
-            _increment_versions(args[position])
+        for position, argument in written:
+            tensors = args[position] if position < len(args) else kwargs.get(argument)
+            if tensors:
+                _increment_versions(tensors)
         if result is NotImplemented:
             return implementation(name, device)(*args, **kwargs)
         return result
@@ -105,10 +107,11 @@ _PLAIN = frozenset(
 """Types of arguments for which nobody has overridden operators."""
 
 
-def _written_arguments(name: str) -> tuple[int, ...]:
+def _written_arguments(name: str) -> tuple[tuple[int, str], ...]:
+    """Places and names; one that is passed by name may be left out."""
     namespace, operator = name.split("::")
     schema = getattr(getattr(torch.ops, namespace), operator).default._schema
-    return tuple(i for i, argument in enumerate(schema.arguments) if argument.is_write)
+    return tuple((i, arg.name) for i, arg in enumerate(schema.arguments) if arg.is_write)
 
 
 def _device_type(args: tuple[Any, ...]) -> str:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from granet_kernels.ops.checks import (
+    check_average,
+    check_average_decay,
     check_disjoint,
     check_floating,
     check_lengths,
@@ -16,6 +18,7 @@ from granet_kernels.ops.checks import (
     check_masked,
     check_momenta,
     check_scalar,
+    check_written,
     describe,
     dtype_name,
     fail,
@@ -39,10 +42,14 @@ def check_masked_sgd(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: Sequence[Tensor] | None = None,
+    average_decay: float = 0.0,
 ) -> None:
     _check_each(params, grads, momenta, masks)
     if momentum != 0:
         check_lengths(params=params, momenta=momenta)
+    check_average_decay(average_decay)
+    _check_averages(averages or [], params)
     for name, scalar in (
         ("lr_tensor", lr_tensor),
         ("grad_scale", grad_scale),
@@ -62,6 +69,8 @@ def is_usual(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: Sequence[Tensor] | None = None,
+    average_decay: float = 0.0,
     **_: object,
 ) -> bool:
     """A judgement of compiled code; without it every step is checked in Python."""
@@ -71,7 +80,8 @@ def is_usual(
         judge is not None
         and bool(momenta) == (momentum != 0)
         and all(scalar is None for scalar in scalars)
-        and judge(params, grads, momenta, masks)
+        and 0 <= average_decay <= 1
+        and judge(params, grads, momenta, masks, averages or [])
     )
 
 
@@ -109,21 +119,40 @@ def _check_each(
             )
 
 
+def _check_averages(averages: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """None at all, or one for each parameter.
+
+    Never of 16 bits: a thousandth of the distance to the weight is less than what 8 or 11 bits can
+    tell, is lost when it is added, and the average stands still.
+    """
+    if not averages:
+        return
+    check_lengths(params=params, averages=averages)
+    for i, (average, param) in enumerate(zip(averages, params, strict=True)):
+        check_written(f"averages[{i}]", average)
+        check_average(f"averages[{i}]", average, param, f"params[{i}]")
+
+
 def check_masked_sgd_data(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
     masks: Sequence[Tensor],
+    *,
+    averages: Sequence[Tensor] | None = None,
     **_: object,
 ) -> None:
-    check_disjoint(reads=[*grads, *masks], params=params, momenta=momenta)
+    reads = [*grads, *masks]
+    check_disjoint(reads, params=params, momenta=momenta, averages=averages or [])
 
 
 define(
     "masked_sgd_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, *, float lr, "
     "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, "
-    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+    # A list of tensors can have no other default than None.
+    "Tensor(c!)[]? averages=None, float average_decay=0.0) -> ()",
     check=check_masked_sgd,
     check_data=check_masked_sgd_data,
     is_usual=is_usual,

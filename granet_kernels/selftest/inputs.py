@@ -161,6 +161,48 @@ def masked_sgd_cases() -> Iterator[Inputs]:
     yield "fp32-momentum", *_sgd(torch.bfloat16, torch.float32, "contiguous", momentum, g)
     for layout in LAYOUTS:
         yield layout, *_sgd(torch.float32, torch.float32, layout, momentum, g, sizes=(360, 720))
+    yield from averaged_sgd_cases(momentum)
+
+
+def averaged_sgd_cases(options: dict[str, Any]) -> Iterator[Inputs]:
+    """With averages of the weights, in every dtype and layout, for decays on both sides of a half."""
+    g = generator(1)
+    averaged = options | {"average_decay": 0.9, "weight_decay": 0.0, "lr": 2.0**-6, "momentum": 0.5}
+    variants: dict[str, dict[str, Any]] = {
+        "": {},
+        "-no-momentum": {"momentum": 0.0},
+        "-small-decay": {"average_decay": 0.1},
+        "-copied": {"average_decay": 0.0},
+        "-kept": {"average_decay": 1.0},
+        "-found-inf": {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(1.0)},
+    }
+    for label, variant in variants.items():
+        for dtype in DTYPES:
+            yield f"average{label}-{dtype}", *_averaged(dtype, "contiguous", averaged | variant, g)
+    for layout in LAYOUTS:
+        case = _averaged(torch.float32, layout, options | {"average_decay": 0.9}, g, (360, 720))
+        yield f"average-{layout}", *case
+
+
+def _averaged(
+    dtype: torch.dtype,
+    layout: str,
+    options: dict[str, Any],
+    g: torch.Generator,
+    sizes: tuple[int, ...] = SIZES,
+) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+    """Gradients and momenta are multiples of a half.
+
+    So a step is exact in fp32, and every backend rounds the same number to 16 bits: averages, which
+    have more, are compared as closely as they are computed.
+    """
+    args, options, roundings = _sgd(dtype, dtype, layout, options, g, sizes, values="ties")
+    wider = torch.promote_types(dtype, torch.float32)
+    averages = [weight(param.numel(), wider, "normal", layout, g) for param in args[0]]
+    for average, mask in zip(averages, args[3], strict=True):
+        if average.numel() == 1009:
+            average[~unpack_mask(mask, 1009)] = float("nan")
+    return args, options | {"averages": averages}, roundings
 
 
 def _sgd(
@@ -170,10 +212,11 @@ def _sgd(
     options: dict[str, Any],
     g: torch.Generator,
     sizes: tuple[int, ...] = SIZES,
+    values: str = "normal",
 ) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     params = [weight(numel, dtype, "normal", layout, g) for numel in sizes]
-    grads = [weight(p.numel(), dtype, "normal", "contiguous", g).view(p.shape) for p in params]
-    momenta = [weight(p.numel(), momentum_dtype, "normal", layout, g) for p in params]
+    grads = [weight(p.numel(), dtype, values, "contiguous", g).view(p.shape) for p in params]
+    momenta = [weight(p.numel(), momentum_dtype, values, layout, g) for p in params]
     masks = [random_mask(p.numel(), g, sparsity=0.8) for p in params]
     for grad, param, mask in zip(grads, params, masks, strict=True):
         if param.numel() == 1009:  # what is inactive must not leak

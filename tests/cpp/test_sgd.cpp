@@ -37,21 +37,30 @@ void expect(bool holds, const char* what, Dtype param, Dtype momentum, int64_t n
 struct Weights {
   int64_t numel;
   std::vector<uint8_t> mask;
-  Bytes param, grad, momentum;
+  Bytes param, grad, momentum, average;
 };
+
+Dtype average_dtype(Dtype param) { return param == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32; }
 
 Weights random_weights(int64_t numel, double active, Dtype param, Dtype momentum) {
   std::mt19937_64 generator(static_cast<size_t>(numel));
   std::normal_distribution<double> normal;
   std::bernoulli_distribution draw(active);
   const auto size = [](int64_t count, Dtype dtype) { return static_cast<size_t>(count * item_size(dtype)); };
-  Weights weights{numel, {}, Bytes(size(numel, param)), Bytes(size(numel, param)), Bytes(size(numel, momentum))};
+  const Dtype average = average_dtype(param);
+  Weights weights{numel,
+                  {},
+                  Bytes(size(numel, param)),
+                  Bytes(size(numel, param)),
+                  Bytes(size(numel, momentum)),
+                  Bytes(size(numel, average))};
   weights.mask.resize(static_cast<size_t>(mask_bytes(numel)));
   for (int64_t i = 0; i < numel; ++i) {
     if (draw(generator)) weights.mask[static_cast<size_t>(i / 8)] |= static_cast<uint8_t>(1 << (i % 8));
     store(&weights.param[size(i, param)], normal(generator), param);
     store(&weights.grad[size(i, param)], normal(generator), param);
     store(&weights.momentum[size(i, momentum)], normal(generator), momentum);
+    store(&weights.average[size(i, average)], normal(generator), average);
   }
   return weights;
 }
@@ -84,6 +93,17 @@ void update_one(std::byte* param, const std::byte* grad, std::byte* momentum, Dt
   store(param, static_cast<double>(static_cast<G>(updated)), param_dtype);
 }
 
+// Of the weight as it is stored, in its compute dtype A.
+template <typename A>
+void average_one(std::byte* average, const std::byte* param, Dtype dtype, double decay) {
+  const Dtype averaged = average_dtype(dtype);
+  const A old = static_cast<A>(load(average, averaged)), weight = static_cast<A>(load(param, dtype));
+  const A share = static_cast<A>(1 - decay);
+  const A moved = share < static_cast<A>(0.5) ? multiply_add(share, weight - old, old)
+                                              : multiply_add(share - 1, weight - old, weight);
+  store(average, static_cast<double>(moved), averaged);
+}
+
 void update_all(Weights& weights, Dtype param, Dtype momentum, const SgdOptions& options) {
   const bool wide_param = param == Dtype::kFloat64,
              wide_momentum = options.momentum != 0 && momentum == Dtype::kFloat64;
@@ -94,18 +114,26 @@ void update_all(Weights& weights, Dtype param, Dtype momentum, const SgdOptions&
     if (!is_active(weights.mask[static_cast<size_t>(i / 8)], i)) continue;
     const auto p = static_cast<size_t>(i * item_size(param)), m = static_cast<size_t>(i * item_size(momentum));
     one(&weights.param[p], &weights.grad[p], &weights.momentum[m], param, momentum, options);
+    std::byte* average = &weights.average[static_cast<size_t>(i * item_size(average_dtype(param)))];
+    const auto average_it = wide_param ? average_one<double> : average_one<float>;
+    average_it(average, &weights.param[p], param, options.average_decay);
   }
 }
 
-std::vector<SgdTensor> tensors_of(std::vector<Weights>& list) {
+std::vector<SgdTensor> tensors_of(std::vector<Weights>& list, bool is_averaged) {
   std::vector<SgdTensor> tensors;
   for (Weights& w : list) {
-    tensors.push_back({w.param.data(), w.grad.data(), w.momentum.data(), w.mask.data(), w.numel});
+    tensors.push_back({w.param.data(), w.grad.data(), w.momentum.data(), w.mask.data(), w.numel,
+                       is_averaged ? w.average.data() : nullptr});
   }
   return tensors;
 }
 
+// A decay of kNoAverage stands for a step without averages.
+constexpr double kNoAverage = -1;
+
 void test_update(Dtype param, Dtype momentum, const SgdOptions& options, const Parallel& parallel) {
+  const bool is_averaged = options.average_decay != kNoAverage;
   std::vector<Weights> weights, expected;
   // Around a group, a word of groups, a chunk of 65 536 weights; densities on both sides of every change of method.
   for (const int64_t numel : {0, 1, 7, 8, 9, 63, 64, 65, 1009, 33'001, 65'535, 65'536, 65'537}) {
@@ -114,11 +142,14 @@ void test_update(Dtype param, Dtype momentum, const SgdOptions& options, const P
     }
   }
   expected = weights;
-  masked_sgd(tensors_of(weights), param, momentum, options, parallel);
+  masked_sgd(tensors_of(weights, is_averaged), param, momentum, options, parallel);
   for (size_t i = 0; i < weights.size(); ++i) {
+    const Bytes averages = expected[i].average;
     update_all(expected[i], param, momentum, options);
+    if (!is_averaged) expected[i].average = averages;
     expect(weights[i].param == expected[i].param, "param", param, momentum, weights[i].numel);
     expect(weights[i].momentum == expected[i].momentum, "momentum", param, momentum, weights[i].numel);
+    expect(weights[i].average == expected[i].average, "average", param, momentum, weights[i].numel);
     expect(weights[i].grad == expected[i].grad, "grad", param, momentum, weights[i].numel);
   }
 }
@@ -126,15 +157,16 @@ void test_update(Dtype param, Dtype momentum, const SgdOptions& options, const P
 void test_inactive_weights_keep_their_bits() {
   for (const int byte : {0x00, 0x01, 0x80, 0xa5, 0xfe}) {
     std::vector<uint32_t> param(8, 0x7fa0'0001), momentum(8, 0xffa0'0001), grad(8, 0x7f80'0000);  // signalling NaN
+    std::vector<uint32_t> average(8, 0x7fa0'0002);
     const auto bits = static_cast<uint8_t>(byte);
     const std::vector<uint8_t> mask = {bits};
-    masked_sgd({{param.data(), grad.data(), momentum.data(), mask.data(), 8}}, Dtype::kFloat32, Dtype::kFloat32,
-               {.lr = 0.1, .momentum = 0.9}, Serial());
+    masked_sgd({{param.data(), grad.data(), momentum.data(), mask.data(), 8, average.data()}}, Dtype::kFloat32,
+               Dtype::kFloat32, {.lr = 0.1, .momentum = 0.9, .average_decay = 0.9}, Serial());
     for (int64_t i = 0; i < 8; ++i) {
       if (is_active(bits, i)) continue;
       const auto at = static_cast<size_t>(i);
-      expect(param[at] == 0x7fa0'0001 && momentum[at] == 0xffa0'0001, "inactive bits", Dtype::kFloat32, Dtype::kFloat32,
-             i);
+      expect(param[at] == 0x7fa0'0001 && momentum[at] == 0xffa0'0001 && average[at] == 0x7fa0'0002, "inactive bits",
+             Dtype::kFloat32, Dtype::kFloat32, i);
     }
   }
 }
@@ -149,14 +181,14 @@ void test_inactive_groups_are_not_touched() {
     mprotect(static_cast<std::byte*>(pages) + page, static_cast<size_t>(page), PROT_NONE);
     return pages;
   };
-  void *param = map(), *grad = map(), *momentum = map();
+  void *param = map(), *grad = map(), *momentum = map(), *average = map();
   for (const int bits : {0x10, 0xff}) {
     std::vector<uint8_t> mask(static_cast<size_t>(3 * weights / 8), static_cast<uint8_t>(bits));
     std::fill_n(mask.begin() + weights / 8, weights / 8, uint8_t{0});
-    masked_sgd({{param, grad, momentum, mask.data(), 3 * weights}}, Dtype::kFloat32, Dtype::kFloat32,
-               {.lr = 0.1, .momentum = 0.9}, Serial());
+    masked_sgd({{param, grad, momentum, mask.data(), 3 * weights, average}}, Dtype::kFloat32, Dtype::kFloat32,
+               {.lr = 0.1, .momentum = 0.9, .average_decay = 0.9}, Serial());
   }
-  for (void* pages : {param, grad, momentum}) munmap(pages, static_cast<size_t>(3 * page));
+  for (void* pages : {param, grad, momentum, average}) munmap(pages, static_cast<size_t>(3 * page));
 }
 #endif
 
@@ -164,24 +196,28 @@ void test_inactive_groups_are_not_touched() {
 
 int main() {
   constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBfloat16, Dtype::kFloat16, Dtype::kFloat64};
-  constexpr SgdOptions kPlain = {.lr = 0.1};
-  constexpr SgdOptions kMomentum = {.lr = 0.1, .momentum = 0.9, .weight_decay = 1e-4};
-  constexpr SgdOptions kUndecayed = {.lr = 0.1, .momentum = 0.9};
-  constexpr SgdOptions kNesterov = {.lr = 0.1, .momentum = 0.9, .weight_decay = 1e-4, .nesterov = true};
+  constexpr SgdOptions kPlain = {.lr = 0.1, .average_decay = kNoAverage};
+  constexpr SgdOptions kPlainAveraged = {.lr = 0.1, .average_decay = 0.25};  // from the weight's end
+  constexpr SgdOptions kMomentum = {.lr = 0.1, .momentum = 0.9, .weight_decay = 1e-4, .average_decay = 0.999};
+  constexpr SgdOptions kUndecayed = {.lr = 0.1, .momentum = 0.9, .average_decay = kNoAverage};
+  constexpr SgdOptions kNesterov = {
+      .lr = 0.1, .momentum = 0.9, .weight_decay = 1e-4, .nesterov = true, .average_decay = 1};
   constexpr SgdOptions kEverything = {.lr = 0.03,
                                       .momentum = 0.9,
                                       .dampening = 0.3,
                                       .weight_decay = 5e-4,
                                       .grad_scale = 12,
                                       .nesterov = true,
-                                      .maximize = true};
-  constexpr SgdOptions kFirst = {.lr = 0.1, .momentum = 0.9, .dampening = 0.3, .first = true};
+                                      .maximize = true,
+                                      .average_decay = kNoAverage};
+  constexpr SgdOptions kFirst = {.lr = 0.1, .momentum = 0.9, .dampening = 0.3, .first = true, .average_decay = 0};
   for (const Dtype param : kDtypes) {
     for (const Dtype momentum : kDtypes) {
       test_update(param, momentum, kEverything, Serial());
       test_update(param, momentum, kMomentum, StdThreads(3));
     }
     test_update(param, param, kPlain, Serial());
+    test_update(param, param, kPlainAveraged, StdThreads(3));
     test_update(param, param, kUndecayed, Serial());
     test_update(param, param, kNesterov, Serial());
     test_update(param, param, kFirst, Serial());

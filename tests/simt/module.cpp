@@ -1,9 +1,11 @@
 // The Python module granet_simt: kernels of csrc/cuda on NumPy arrays, run on the host, without torch.
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cuda/mask.h"
 #include "cuda/sgd.h"
@@ -68,20 +70,31 @@ void zero_inactive(Floats tensor, const Bytes& packed) {
 }
 
 void masked_sgd(Floats param, const Floats& grad, Floats velocity, const Bytes& packed, double lr, double momentum,
-                double weight_decay) {
-  if (grad.size() != param.size() || velocity.size() != param.size()) {
-    throw py::value_error("grad, velocity: expected the size of param");
+                double weight_decay, std::optional<Floats> average, double average_decay) {
+  if (grad.size() != param.size() || velocity.size() != param.size() ||
+      (average.has_value() && average->size() != param.size())) {
+    throw py::value_error("grad, velocity, average: expected the size of param");
   }
   check_packed(packed, param.size());
-  const cuda::SgdOptions options = {.lr = {.number = lr}, .momentum = momentum, .weight_decay = weight_decay};
+  const cuda::SgdOptions options = {.lr = {.number = lr},
+                                    .momentum = momentum,
+                                    .weight_decay = weight_decay,
+                                    .is_averaged = average.has_value(),
+                                    .average_decay = average_decay};
   const auto launch = [&](const cuda::Table& table) {
     return cuda::launch_masked_sgd(table, Dtype::kFloat32, Dtype::kFloat32, options, nullptr);
   };
+  const auto with_averages = [&](auto... addresses) {
+    if (average.has_value()) {
+      with_table(cuda::kSgdChunk, param.size(), launch, addresses..., average->mutable_data());
+    } else {
+      with_table(cuda::kSgdChunk, param.size(), launch, addresses...);
+    }
+  };
   if (momentum == 0) {
-    with_table(cuda::kSgdChunk, param.size(), launch, param.mutable_data(), grad.data(), packed.data());
+    with_averages(param.mutable_data(), grad.data(), packed.data());
   } else {
-    with_table(cuda::kSgdChunk, param.size(), launch, param.mutable_data(), grad.data(), packed.data(),
-               velocity.mutable_data());
+    with_averages(param.mutable_data(), grad.data(), packed.data(), velocity.mutable_data());
   }
 }
 
@@ -104,7 +117,7 @@ PYBIND11_MODULE(granet_simt, module) {
   module.def("zero_inactive", &zero_inactive, py::arg("tensor").noconvert(), py::arg("packed").noconvert());
   module.def("masked_sgd", &masked_sgd, py::arg("param").noconvert(), py::arg("grad").noconvert(),
              py::arg("velocity").noconvert(), py::arg("packed").noconvert(), py::arg("lr"), py::arg("momentum"),
-             py::arg("weight_decay"));
+             py::arg("weight_decay"), py::arg("average").noconvert() = py::none(), py::arg("average_decay") = 0);
   module.def("take_turns", &take_turns, "forward, backward or shuffled; a seed; blocks that take turns",
              py::arg("order"), py::arg("seed") = 1, py::arg("resident") = 2);
 }

@@ -20,10 +20,14 @@ struct Case {
   cuda::SgdOptions options;
 };
 
+template <typename Param>
+using Average = std::conditional_t<std::is_same_v<Param, double>, double, float>;
+
 template <typename Param, typename Momentum>
 struct Tensor {
   std::vector<Param> param, grad;
   std::vector<Momentum> momentum;
+  std::vector<Average<Param>> average;
   Bytes mask, packed;
 };
 
@@ -35,6 +39,8 @@ Tensor<Param, Momentum> tensor(int64_t numel, size_t offset, double active) {
   t.grad = random_numbers<Param>(with_offset);
   std::reverse(t.grad.begin(), t.grad.end());
   t.momentum = random_numbers<Momentum>(with_offset);
+  t.average = random_numbers<Average<Param>>(with_offset);
+  std::rotate(t.average.begin(), t.average.begin() + with_offset / 3, t.average.end());
   t.mask = random_mask(numel, active);
   t.packed = pack(t.mask);
   for (size_t i = t.mask.size(); i < 8 * t.packed.size(); ++i) {  // bits of no weight, which must not matter
@@ -52,7 +58,7 @@ void expect_step(const Tensor<Param, Momentum>& old, const Tensor<Param, Momentu
   const double scale = options.grad_scale.number, bound = sizeof(Param) == 8 ? 1e-14 : 1e-5;
   for (size_t i = 0; i < old.param.size(); ++i) {
     const bool is_active = i >= offset && old.mask[i - offset] != 0;
-    double weight = old.param[i], velocity = old.momentum[i];
+    double weight = old.param[i], velocity = old.momentum[i], average = old.average[i];
     if (is_active) {
       double step = (options.maximize ? -1 : 1) * static_cast<double>(old.grad[i]) / scale;
       step += options.weight_decay * weight;
@@ -61,9 +67,11 @@ void expect_step(const Tensor<Param, Momentum>& old, const Tensor<Param, Momentu
         step = options.nesterov ? step + options.momentum * velocity : velocity;
       }
       weight -= options.lr.number * step;
+      if (options.is_averaged) average += (1 - options.average_decay) * (now.param[i] - average);
     }
     const double tolerance = is_active ? bound : 0;
-    if (!(std::fabs(now.param[i] - weight) <= tolerance) || !(std::fabs(now.momentum[i] - velocity) <= tolerance)) {
+    if (!(std::fabs(now.param[i] - weight) <= tolerance) || !(std::fabs(now.momentum[i] - velocity) <= tolerance) ||
+        !(std::fabs(now.average[i] - average) <= tolerance)) {
       return expect(false, name, static_cast<int64_t>(old.param.size()));
     }
   }
@@ -75,13 +83,14 @@ void test_step(const Case& test, Dtype param, Dtype momentum, size_t offset, dou
   for (const int64_t numel : kSizes) tensors.push_back(tensor<Param, Momentum>(numel, offset, active));
   const auto old = tensors;
   const bool has_momentum = test.options.momentum != 0;
-  cuda::TableRows rows(has_momentum ? 4 : 3, /*further=*/0, cuda::kSgdChunk);
+  cuda::TableRows rows(3 + has_momentum + test.options.is_averaged, /*further=*/0, cuda::kSgdChunk);
   for (size_t t = 0; t < tensors.size(); ++t) {
     rows.begin_row(kSizes[t]);
     rows.add(tensors[t].param.data() + offset);
     rows.add(tensors[t].grad.data() + offset);
     rows.add(tensors[t].packed.data());
     if (has_momentum) rows.add(tensors[t].momentum.data() + offset);
+    if (test.options.is_averaged) rows.add(tensors[t].average.data() + offset);
   }
   WrittenTable table(rows);
   const cudaError_t error = cuda::launch_masked_sgd(table.get(), param, momentum, test.options, nullptr);
@@ -95,14 +104,18 @@ void test_scalars() {
   for (const float* found_inf : {&no_inf, &inf}) {
     auto one = tensor<float, float>(1500, 0, 0.5);
     const auto old = one;
-    cuda::TableRows rows(/*lists=*/3, /*further=*/0, cuda::kSgdChunk);
+    cuda::TableRows rows(/*lists=*/4, /*further=*/0, cuda::kSgdChunk);
     rows.begin_row(1500);
     rows.add(one.param.data());
     rows.add(one.grad.data());
     rows.add(one.packed.data());
+    rows.add(one.average.data());
     WrittenTable table(rows);
-    cuda::SgdOptions options = {
-        .lr = {.number = 99, .address = &lr}, .grad_scale = {.number = 99, .address = &scale}, .found_inf = found_inf};
+    cuda::SgdOptions options = {.lr = {.number = 99, .address = &lr},
+                                .grad_scale = {.number = 99, .address = &scale},
+                                .found_inf = found_inf,
+                                .is_averaged = true,
+                                .average_decay = 0.5};
     expect(cuda::launch_masked_sgd(table.get(), Dtype::kFloat32, Dtype::kFloat32, options, nullptr) == cudaSuccess,
            "scalars", 0);
     options.lr = {.number = lr};
@@ -110,7 +123,7 @@ void test_scalars() {
     if (*found_inf == 0) {
       expect_step(old, one, 0, options, "scalars on the device");
     } else {
-      expect(one.param == old.param, "nothing changes where a gradient is infinite", 0);
+      expect(one.param == old.param && one.average == old.average, "nothing changes where a gradient is infinite", 0);
     }
   }
 }
@@ -118,13 +131,16 @@ void test_scalars() {
 }  // namespace
 
 int main() {
-  const std::array<Case, 6> cases = {{
+  const std::array<Case, 9> cases = {{
       {"plain", {.lr = {.number = 0.1}}},
       {"momentum", {.lr = {.number = 0.1}, .momentum = 0.9, .weight_decay = 0.01}},
       {"first", {.lr = {.number = 0.1}, .momentum = 0.9, .dampening = 0.5, .first = true}},
       {"dampening", {.lr = {.number = 0.1}, .momentum = 0.9, .dampening = 0.5}},
       {"nesterov", {.lr = {.number = 0.1}, .momentum = 0.9, .nesterov = true}},
       {"maximize", {.lr = {.number = 0.1}, .weight_decay = 0.5, .grad_scale = {.number = 8}, .maximize = true}},
+      {"average", {.lr = {.number = 0.1}, .is_averaged = true, .average_decay = 0.9}},
+      {"average, momentum", {.lr = {.number = 0.1}, .momentum = 0.9, .is_averaged = true, .average_decay = 0.999}},
+      {"average, small decay", {.lr = {.number = 0.1}, .momentum = 0.9, .is_averaged = true, .average_decay = 0.25}},
   }};
   for (const Case& test : cases) test_step<float, float>(test, Dtype::kFloat32, Dtype::kFloat32, 0, 0.1);
   for (const size_t offset : {0, 1}) {
@@ -134,6 +150,9 @@ int main() {
       test_step<double, double>(cases[4], Dtype::kFloat64, Dtype::kFloat64, offset, active);
     }
     test_step<float, double>(cases[1], Dtype::kFloat32, Dtype::kFloat64, offset, 0.3);
+    test_step<float, float>(cases[7], Dtype::kFloat32, Dtype::kFloat32, offset, 0.3);
+    test_step<double, double>(cases[8], Dtype::kFloat64, Dtype::kFloat64, offset, 0.3);
+    test_step<double, double>(cases[6], Dtype::kFloat64, Dtype::kFloat64, offset, 0.3);
   }
   test_scalars();
   std::printf("%d failures\n", failures);

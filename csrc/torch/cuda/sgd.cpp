@@ -25,15 +25,17 @@ const void* address_of(const std::optional<Tensor>& scalar, const Tensor& first,
 void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
                  std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
                  bool nesterov, bool maximize, bool first, std::optional<Tensor> lr_tensor,
-                 std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const bool has_momentum = momentum != 0;
+                 std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::vector<Tensor> averages,
+                 double average_decay) {
+  const bool has_momentum = momentum != 0, has_averages = !averages.empty();
   STD_TORCH_CHECK(!params.empty(), "params: expected at least one tensor, got none");
   STD_TORCH_CHECK(grads.size() == params.size() && masks.size() == params.size() &&
-                      (!has_momentum || momenta.size() == params.size()),
-                  "grads, masks, momenta: expected one for each of the ", params.size(), " params");
+                      (!has_momentum || momenta.size() == params.size()) &&
+                      (!has_averages || averages.size() == params.size()),
+                  "grads, masks, momenta, averages: expected one for each of the ", params.size(), " params");
   const ScalarType dtype = params[0].scalar_type();
   const ScalarType momentum_dtype = has_momentum ? momenta[0].scalar_type() : dtype;
-  cuda::TableRows rows(/*lists=*/has_momentum ? 4 : 3, /*further=*/0, cuda::kSgdChunk);
+  cuda::TableRows rows(/*lists=*/3 + has_momentum + has_averages, /*further=*/0, cuda::kSgdChunk);
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t numel = params[i].numel();
     check_dense_beside(params[i], numel, params[0], element("params", i));
@@ -45,11 +47,18 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
     rows.add(params[i].mutable_data_ptr());
     rows.add(grads[i].const_data_ptr());
     rows.add(masks[i].const_data_ptr());
-    if (!has_momentum) continue;
-    check_dense_beside(momenta[i], numel, params[0], element("momenta", i));
-    STD_TORCH_CHECK(momenta[i].scalar_type() == momentum_dtype, element("momenta", i),
-                    ": expected the dtype of momenta[0]");
-    rows.add(momenta[i].mutable_data_ptr());
+    if (has_momentum) {
+      check_dense_beside(momenta[i], numel, params[0], element("momenta", i));
+      STD_TORCH_CHECK(momenta[i].scalar_type() == momentum_dtype, element("momenta", i),
+                      ": expected the dtype of momenta[0]");
+      rows.add(momenta[i].mutable_data_ptr());
+    }
+    if (has_averages) {
+      check_dense_beside(averages[i], numel, params[0], element("averages", i));
+      STD_TORCH_CHECK(averages[i].scalar_type() == average_dtype(dtype), element("averages", i),
+                      ": expected the dtype that the params are computed in");
+      rows.add(averages[i].mutable_data_ptr());
+    }
   }
   if (rows.chunks() == 0) return;
   const OnDeviceOf device(params[0]);
@@ -66,7 +75,9 @@ void masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
       .found_inf = static_cast<const float*>(address_of(found_inf, params[0], ScalarType::Float, "found_inf")),
       .nesterov = nesterov,
       .maximize = maximize,
-      .first = first};
+      .first = first,
+      .is_averaged = has_averages,
+      .average_decay = average_decay};
   const DeviceTable table = device_table(rows, params[0], device.stream());
   check_cuda(cuda::launch_masked_sgd(table.table, of_params, of_momenta, options, device.stream()), "masked_sgd_");
 }
@@ -81,8 +92,10 @@ bool is_usual_scalar(const std::optional<Tensor>& scalar, const Tensor& first, S
 bool try_masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momenta,
                      std::vector<Tensor> masks, double lr, double momentum, double dampening, double weight_decay,
                      bool nesterov, bool maximize, bool first, std::optional<Tensor> lr_tensor,
-                     std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  if (momenta.empty() != (momentum == 0) || !is_usual_step(params, grads, momenta, masks)) return false;
+                     std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::vector<Tensor> averages,
+                     double average_decay) {
+  if (momenta.empty() != (momentum == 0) || !is_usual_decay(average_decay)) return false;
+  if (!is_usual_step(params, grads, momenta, masks, averages)) return false;
   const bool is_fp64 = params[0].scalar_type() == ScalarType::Double ||
                        (!momenta.empty() && momenta[0].scalar_type() == ScalarType::Double);
   const ScalarType computed = is_fp64 ? ScalarType::Double : ScalarType::Float;
@@ -92,7 +105,7 @@ bool try_masked_sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std:
   }
   masked_sgd_(std::move(params), std::move(grads), std::move(momenta), std::move(masks), lr, momentum, dampening,
               weight_decay, nesterov, maximize, first, std::move(lr_tensor), std::move(grad_scale),
-              std::move(found_inf));
+              std::move(found_inf), std::move(averages), average_decay);
   return true;
 }
 
@@ -102,11 +115,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cuda, m) {
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, "
-      "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, Tensor(c!)[] averages, float average_decay) -> ()");
   m.def(
       "try_masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor[] masks, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, "
-      "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf) -> bool");
+      "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, Tensor(c!)[] averages, float average_decay) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cuda, GRANET_CUDA_KEY, m) {

@@ -26,6 +26,8 @@ def try_masked_sgd_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: list[Tensor] | None = None,
+    average_decay: float = 0.0,
 ) -> Any:
     """:func:`masked_sgd_` where compiled code finds the arguments right; else ``NotImplemented``."""
     if not params or not (lr_tensor is grad_scale is found_inf is None):
@@ -42,6 +44,8 @@ def try_masked_sgd_(
         nesterov,
         maximize,
         first,
+        averages or [],
+        average_decay,
     )
     return None if done else NotImplemented
 
@@ -62,8 +66,10 @@ def masked_sgd_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: list[Tensor] | None = None,
+    average_decay: float = 0.0,
 ) -> None:
-    """``w`` and ``v`` where active, in fp32 (fp64 for fp64 tensors); inactive ones keep their bits.
+    """``w``, ``v`` and averages where active, in fp32 (fp64 for fp64 tensors); inactive ones keep their bits.
 
     Gradients may have any strides; one with other strides than its parameter's is copied first.
     Nothing changes where ``found_inf`` is not zero.
@@ -83,6 +89,8 @@ def masked_sgd_(
         nesterov,
         maximize,
         first,
+        averages or [],
+        average_decay,
     )
 
 

@@ -27,14 +27,18 @@ UNDECIDED = 0.015
 
 
 def masked_sgd_bytes(
-    params: Sequence[Tensor], momenta: Sequence[Tensor], masks: Sequence[Tensor]
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    averages: Sequence[Tensor] = (),
 ) -> int:
-    """Sectors with an active weight: weight, gradient and momentum read, weight and momentum written."""
+    """Sectors with an active weight: all that there is of it is read, and written but for the gradient."""
     total = 0
     for i, (param, mask) in enumerate(zip(params, masks, strict=True)):
         touched = _groups(param, mask)
         total += _bits(param) + 3 * _moved(touched, param.element_size())
-        total += sum(2 * _moved(touched, speed.element_size()) for speed in momenta[i : i + 1])
+        for companion in (*momenta[i : i + 1], *averages[i : i + 1]):
+            total += 2 * _moved(touched, companion.element_size())
     return total
 
 

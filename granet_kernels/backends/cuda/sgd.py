@@ -26,6 +26,8 @@ def try_masked_sgd_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: list[Tensor] | None = None,
+    average_decay: float = 0.0,
 ) -> Any:
     """:func:`masked_sgd_` where compiled code finds the arguments right; else ``NotImplemented``."""
     if not params:
@@ -45,6 +47,8 @@ def try_masked_sgd_(
         lr_tensor,
         grad_scale,
         found_inf,
+        averages or [],
+        average_decay,
     )
     return None if done else NotImplemented
 
@@ -65,8 +69,10 @@ def masked_sgd_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: list[Tensor] | None = None,
+    average_decay: float = 0.0,
 ) -> None:
-    """``w`` and ``v`` where active, in fp32 (fp64 for fp64 tensors); inactive ones keep their bits.
+    """``w``, ``v`` and averages where active, in fp32 (fp64 for fp64 tensors); inactive ones keep their bits.
 
     One launch for all tensors. Hyperparameters on the device are read there, and nothing changes where
     ``found_inf`` is not zero. A gradient with other strides than its parameter's is copied first.
@@ -91,6 +97,8 @@ def masked_sgd_(
         _as(lr_tensor, device, computed),
         _as(grad_scale, device, computed),
         _as(found_inf, device, torch.float32),
+        averages or [],
+        average_decay,
     )
 
 

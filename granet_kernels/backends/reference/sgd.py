@@ -26,12 +26,15 @@ def masked_sgd_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: Sequence[Tensor] | None = None,
+    average_decay: float = 0.0,
 ) -> None:
     """g = ±grad / grad_scale + λw;  v = μv + (1 - dampening) g;  w = w - lr (g + μv  or  v).
 
     On the ``first`` step v = g. Everything is computed in fp32 (fp64 for fp64 parameters) and
-    rounded once, when w and v are stored. Inactive weights and momenta keep their bits, and so does
-    everything where ``found_inf`` is not zero.
+    rounded once, when w and v are stored. Then, with averages, a = a + (1 - average_decay)(w - a), w
+    as it was stored. Inactive weights, momenta and averages keep their bits, and so does everything
+    where ``found_inf`` is not zero.
     """
     rate = float(lr if lr_tensor is None else lr_tensor)
     for i, (param, grad, mask) in enumerate(zip(params, grads, masks, strict=True)):
@@ -52,6 +55,9 @@ def masked_sgd_(
             store(momenta[i], velocity, written)
             step = step.add(velocity, alpha=momentum) if nesterov else velocity
         store(param, weight.add(step, alpha=-rate), written)
+        if averages:
+            stored = in_compute_dtype(param)
+            store(averages[i], averages[i].lerp(stored, 1 - average_decay), written)
 
 
 def in_compute_dtype(tensor: Tensor) -> Tensor:

@@ -43,12 +43,15 @@ def masked_sgd_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    averages: list[Tensor] | None = None,
+    average_decay: float = 0.0,
 ) -> None:
     """g = ±grad / grad_scale + λw;  v = μv + (1 - dampening) g;  w = w - lr (g + μv  or  v).
 
-    On the ``first`` step v = g. Rounded once, when w and v are stored. Inactive weights and momenta
-    keep their bits, and so does everything where ``found_inf`` is not zero. Scalars that are tensors
-    on the device are read there. A gradient with other strides than its parameter is copied first.
+    On the ``first`` step v = g. Rounded once, when w and v are stored; then, with averages,
+    a = a + (1 - average_decay)(w - a). Inactive weights, momenta and averages keep their bits, and so
+    does everything where ``found_inf`` is not zero. Scalars that are tensors on the device are read
+    there. A gradient with other strides than its parameter is copied first.
     """
     device, dtype = params[0].device, params[0].dtype
     if found_inf is not None and found_inf.device != device:
@@ -56,7 +59,11 @@ def masked_sgd_(
             return
         found_inf = None
     grads = [_in_order_of(param, grad) for param, grad in zip(params, grads, strict=True)]
-    lists = [params, grads, masks, *([momenta] if momentum != 0 else [])]
+    lists = [params, grads, masks]
+    lists += [momenta] if momentum != 0 else []
+    lists += [averages] if averages else []
+    share = 1 - average_decay if averages else None
+    average_dtype = torch.promote_types(dtype, torch.float32)
     speed_dtype = momenta[0].dtype if momentum != 0 else dtype
     widest = torch.promote_types(dtype, speed_dtype)
     gain = None if first or momentum == 0 else 1 - dampening
@@ -71,6 +78,7 @@ def masked_sgd_(
         scalar_argument(gain, widest, device),
         scalar_argument(weight_decay or None, widest, device),
         scalar_argument(grad_scale, widest, device),
+        scalar_argument(share, average_dtype, device),
         found_inf,
         WIDTH=table.width,
         PARAM=DTYPES[dtype],
@@ -84,15 +92,18 @@ def masked_sgd_(
 
 
 def masked_sgd_bytes(
-    params: Sequence[Tensor], momenta: Sequence[Tensor], masks: Sequence[Tensor]
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    averages: Sequence[Tensor] = (),
 ) -> int:
-    """Groups with an active weight: weight, gradient and momentum read, weight and momentum written."""
+    """Groups with an active weight: all that there is of it is read, and written but for the gradient."""
     total = 0
     for i, (param, mask) in enumerate(zip(params, masks, strict=True)):
         touched = group_bytes(param, mask) != 0
         total += in_sectors(touched.numel()) + 3 * in_groups(touched, param.element_size())
-        if momenta:
-            total += 2 * in_groups(touched, momenta[i].element_size())
+        for companion in (*momenta[i : i + 1], *averages[i : i + 1]):
+            total += 2 * in_groups(touched, companion.element_size())
     return total
 
 
@@ -101,7 +112,17 @@ def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else aligned(grad, like=param).contiguous()
 
 
-@jit(do_not_specialize=("lr", "momentum", "gain", "weight_decay", "grad_scale", "found_inf"))
+@jit(
+    do_not_specialize=(
+        "lr",
+        "momentum",
+        "gain",
+        "weight_decay",
+        "grad_scale",
+        "share",
+        "found_inf",
+    )
+)
 def _masked_sgd_kernel(
     rows,
     owners,
@@ -110,6 +131,7 @@ def _masked_sgd_kernel(
     gain,
     weight_decay,
     grad_scale,
+    share,
     found_inf,
     WIDTH: tl.constexpr,
     PARAM: tl.constexpr,
@@ -119,7 +141,7 @@ def _masked_sgd_kernel(
     ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """A chunk of ``GROUPS`` groups; what is None is left out."""
+    """A chunk of ``GROUPS`` groups; what is None is left out, averages with their ``share`` of the weight."""
     if found_inf is not None and tl.load(found_inf) != 0:
         return
     row, start, numel = locate(rows, owners, WIDTH, GROUPS * GROUP)
@@ -130,6 +152,10 @@ def _masked_sgd_kernel(
     speed = param
     if momentum is not None:
         speed = address(row, 3, SPEED, ALIGNED) + start
+    average = param
+    if share is not None:
+        LIST: tl.constexpr = 3 if momentum is None else 4
+        average = address(row, LIST, computed_in(PARAM), ALIGNED) + start
 
     group = tl.arange(0, GROUPS)
     byte = repeated(tl.load(mask + group, mask=(group + 1) * GROUP <= left, other=0))
@@ -137,6 +163,7 @@ def _masked_sgd_kernel(
         param + elements(group),
         grad + elements(group),
         speed + elements(group),
+        average + elements(group),
         is_active(byte),
         byte != 0,
         lr,
@@ -144,6 +171,7 @@ def _masked_sgd_kernel(
         gain,
         weight_decay,
         grad_scale,
+        share,
         NESTEROV,
         MAXIMIZE,
     )
@@ -155,6 +183,7 @@ def _masked_sgd_kernel(
             param + element,
             grad + element,
             speed + element,
+            average + element,
             active,
             active,
             lr,
@@ -162,6 +191,7 @@ def _masked_sgd_kernel(
             gain,
             weight_decay,
             grad_scale,
+            share,
             NESTEROV,
             MAXIMIZE,
         )
@@ -172,6 +202,7 @@ def _update(
     param_ptr,
     grad_ptr,
     speed_ptr,
+    average_ptr,
     active,
     touched,
     lr,
@@ -179,6 +210,7 @@ def _update(
     gain,
     weight_decay,
     grad_scale,
+    share,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
 ):
@@ -192,6 +224,8 @@ def _update(
     old = tl.load(param_ptr, mask=touched, other=0)
     weight = old.to(OF_PARAM)
     step = tl.load(grad_ptr, mask=touched, other=0).to(OF_PARAM)
+    if share is not None:  # before anything is stored: what is loaded after that waits for it
+        old_average = tl.load(average_ptr, mask=touched, other=0)
     if grad_scale is not None:
         # Dividing each gradient exactly would be a call for each, and registers spilled for it. The
         # factor is exact where the scale is a power of two, as a GradScaler's is.
@@ -210,7 +244,22 @@ def _update(
         tl.store(speed_ptr, tl.where(active, converted(velocity, SPEED), old_speed), mask=touched)
         step = tl.fma(velocity, scalar(momentum, OF_BOTH), step) if NESTEROV else velocity
     weight = tl.fma(step, -scalar(lr, OF_BOTH), weight.to(OF_BOTH))
-    tl.store(param_ptr, tl.where(active, converted(weight, PARAM), old), mask=touched)
+    stored = converted(weight, PARAM)
+    tl.store(param_ptr, tl.where(active, stored, old), mask=touched)
+    if share is not None:
+        moved = lerp(old_average, stored.to(OF_PARAM), scalar(share, OF_PARAM))
+        tl.store(average_ptr, tl.where(active, moved, old_average), mask=touched)
+
+
+@jit
+def lerp(average, weight, share):
+    """average + share * (weight - average), as torch.lerp computes it: from the nearer end.
+
+    So with a share of 1 it is the weight, and with 0 the average.
+    """
+    from_average = share < 0.5
+    factor = tl.where(from_average, share, share - 1)
+    return tl.fma(weight - average, factor, tl.where(from_average, average, weight))
 
 
 @jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,13 +13,46 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from granet.engine import Sparsifier
 from granet.methods import LotteryTicket
 from granet.training.config import TrainConfig
+from granet_kernels import MaskedSGD
 
 STATISTICS_BATCHES = 64
 """Of the training images, that the average's batch norms are given; 4 thousand images and more."""
 
 
+class AverageInSteps(AveragedModel):
+    """Whose parameters MaskedSGD moves in each of its steps; an update counts the step.
+
+    With an optimizer that has no such step: AveragedModel.
+
+    Args:
+        model, optimizer: of one list of parameters.
+        decay: of the step behind so many others.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: MaskedSGD, decay: Callable[[int], float]
+    ) -> None:
+        super().__init__(model)
+        optimizer.average_into(self.parameters())
+
+        def before_step(*_: object) -> None:
+            steps = int(self.n_averaged)
+            optimizer.average_decay = decay(steps) if steps else 0.0  # at first it is a copy
+
+        optimizer.register_step_pre_hook(before_step)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """After a step: take the model's buffers, as every AveragedModel does."""
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.n_averaged += 1
+
+
 def build_average(
-    config: TrainConfig, model: nn.Module, sparsifier: Sparsifier | None
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sparsifier: Sparsifier | None,
 ) -> AveragedModel | None:
     """The average of a model's parameters, which has the model's masks; None unless asked for.
 
@@ -36,12 +69,17 @@ def build_average(
             f"model_ema: expected a method that does not rewind weights, got {config.method}"
         )
 
+    def decay(steps: int) -> float:
+        return min(config.model_ema_decay, (1 + steps) / (10 + steps))
+
     def update(averages: Any, values: Any, _: object) -> None:
         steps = int(average.n_averaged)  # on the host, where what is handed in may be on the device
-        decay = min(config.model_ema_decay, (1 + steps) / (10 + steps))
-        get_ema_multi_avg_fn(decay)(averages, values, steps)
+        get_ema_multi_avg_fn(decay(steps))(averages, values, steps)
 
-    average = AveragedModel(model, multi_avg_fn=update)
+    if isinstance(optimizer, MaskedSGD):
+        average: AveragedModel = AverageInSteps(model, optimizer, decay)
+    else:
+        average = AveragedModel(model, multi_avg_fn=update)
     if sparsifier is not None:
         sparsifier.follow(average)
     return average

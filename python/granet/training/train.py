@@ -105,7 +105,7 @@ class Trainer:
         self.sparsifier = build.build_sparsifier(
             config, self.model, self.optimizer, self.total_steps
         )
-        self.average = build_average(config, self.model, self.sparsifier)
+        self.average = build_average(config, self.model, self.optimizer, self.sparsifier)
         self.masked = masked_layers(self.network)
         self.scheduler = build.build_scheduler(
             config, self.optimizer, self.total_steps, self.sparsifier
