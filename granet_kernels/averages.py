@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from granet_kernels.ops.checks import check_average, fail
+from granet_kernels.layout import is_dense
+from granet_kernels.ops.checks import check_average, check_disjoint, fail
 
 
 def averages_by_group(
@@ -21,23 +23,61 @@ def averages_by_group(
         groups: an optimizer's.
 
     Raises:
-        ValueError: not as many as there are parameters, or one that does not fit.
+        ValueError: not as many as there are parameters, or one that is no tensor or does not fit.
     """
     remaining = list(averages)
     params = [param for group in groups for param in group["params"]]
     if len(remaining) != len(params):
         expected = f"{len(params)} tensors, one for each parameter of the optimizer"
         fail("averages", expected, len(remaining))
-    for i, (average, param) in enumerate(zip(remaining, params, strict=True)):
-        if average is param:
-            fail(f"averages[{i}]", f"a copy of params[{i}]", "the parameter itself")
-        check_average(f"averages[{i}]", average, param, f"params[{i}]")
+    check_fit(remaining, params)
     found = []
     for group in groups:
         count = len(group["params"])
         found.append(remaining[:count])
         remaining = remaining[count:]
     return found
+
+
+def check_fit(averages: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Whether each is like its parameter, without gaps in memory.
+
+    Raises:
+        ValueError: the first that is not.
+    """
+    for i, (average, param) in enumerate(zip(averages, params, strict=True)):
+        name = f"averages[{i}]"
+        if not isinstance(average, Tensor):
+            fail(name, "a tensor", type(average).__name__)
+        check_average(name, average, param, f"params[{i}]")
+        if average.layout != torch.strided or not is_dense(average):
+            fail(name, "a tensor without gaps in memory", _layout_of(average))
+
+
+def _layout_of(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    return f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+
+
+def check_apart(averages: Sequence[Sequence[Tensor]], others: Iterable[Tensor | None]) -> None:
+    """Whether no average shares memory with another, or with any of the others.
+
+    Raises:
+        ValueError: one does.
+    """
+    reads = [tensor for tensor in others if tensor is not None and _has_memory(tensor)]
+    written = [tensor for tensors in averages for tensor in tensors if _has_memory(tensor)]
+    check_disjoint(reads, averages=written)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Of its own; those in shards (DTensor) and without data have none to look at."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_meta
+        and not is_traceable_wrapper_subclass(tensor)
+    )
 
 
 def check_complete(averages: Sequence[Sequence[Tensor]], groups: Sequence[dict[str, Any]]) -> None:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from granet_kernels.averages import averages_by_group, check_complete, move_averages
+from granet_kernels.averages import (
+    averages_by_group,
+    check_apart,
+    check_complete,
+    check_fit,
+    move_averages,
+)
 from granet_kernels.bitmask import attached_mask, attachments_made
 from granet_kernels.functional import unpack_mask, zero_inactive_
 from granet_kernels.layout import same_layout
@@ -103,15 +109,18 @@ class MaskedSGD(torch.optim.SGD):
                 loss = closure()
         if not self._skips_first_step():
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                for place, group in enumerate(self.param_groups):
-                    self._step_group(place, group)
+                # All first: what is wrong with one group is said before another has been updated.
+                prepared = [self._prepare(*numbered) for numbered in enumerate(self.param_groups)]
+                for group, (plan, grads) in zip(self.param_groups, prepared, strict=True):
+                    self._step_group(group, plan, grads)
         return loss
 
     def average_into(self, averages: Iterable[Tensor] | None, decay: float = 0.999) -> None:
         """Let averages of the parameters follow every step from now on.
 
         After each step average += (1 - decay) * (parameter - average), as ``AveragedModel`` with
-        ``get_ema_multi_avg_fn(decay)`` has it, which is then not needed. Those of masked weights are
+        ``get_ema_multi_avg_fn(decay)`` has it from its second update on (the first is a copy), and
+        which is then not needed. Those of masked weights are
         moved by the kernel that updates the weights, which neither reads nor writes inactive ones;
         where a mask changes, inactive averages are set to zero, as weights and momenta are. A step
         that a ``GradScaler`` declares infinite moves none. ::
@@ -126,7 +135,8 @@ class MaskedSGD(torch.optim.SGD):
         Args:
             averages: one tensor for each parameter, in the order of the groups and of the parameters
                 in each, with the parameter's shape, device and memory layout: fp32, and fp64 for fp64
-                parameters (in 16 bits an average would stand still). None: none from now on.
+                parameters (in 16 bits an average would stand still), in memory of its own. None: none
+                from now on.
             decay: in [0, 1]; :attr:`average_decay`, which may be set between steps.
 
         Raises:
@@ -134,9 +144,14 @@ class MaskedSGD(torch.optim.SGD):
                 decay; nothing has changed then. The next step raises where parameters were added.
         """
         check_average_decay(decay)
-        groups = self.param_groups
-        self._averages = [] if averages is None else averages_by_group(averages, groups)
+        by_group = [] if averages is None else averages_by_group(averages, self.param_groups)
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params if param.is_leaf]  # others' are asked for in vain
+        momenta = [state.get("momentum_buffer") for state in self.state.values()]
+        check_apart(by_group, [*params, *grads, *momenta])
+        self._averages = by_group
         self._average_decay = float(decay)
+        self._plans.clear()
         self._mask_versions.clear()  # nobody has looked at these averages' inactive elements
 
     @property
@@ -183,13 +198,18 @@ class MaskedSGD(torch.optim.SGD):
         )
         return creates and bool(found_inf)
 
-    def _step_group(self, place: int, group: dict[str, Any]) -> None:
-        params = group["params"]
-        grads = [param.grad for param in params]
+    def _prepare(self, place: int, group: dict[str, Any]) -> tuple[Plan, Sequence[Tensor | None]]:
+        """A group's plan, and the gradients of this step."""
+        grads = [param.grad for param in group["params"]]
         averages = self._averages[place] if self._averages else []
         plan = self._plans.get(place)
         if plan is None or not plan.is_of(self._facts(group, grads, plan.masks, averages)):
             plan = self._plans[place] = self._plan(group, grads, averages)
+        return plan, grads
+
+    def _step_group(
+        self, group: dict[str, Any], plan: Plan, grads: Sequence[Tensor | None]
+    ) -> None:
         for batch in plan.plain:
             self._step_plain(batch, batch.of(grads), group)
         if plan.masked:
@@ -234,15 +254,17 @@ class MaskedSGD(torch.optim.SGD):
         self, group: dict[str, Any], grads: Sequence[Tensor | None], averages: Sequence[Tensor]
     ) -> Plan:
         """Sort the parameters by who updates them, and see to the invariant."""
+        if averages:
+            check_fit(averages, group["params"])
         # With and without momentum apart: torch's fused update cannot start one beside another.
         plain: dict[bool, Batch] = defaultdict(Batch)
         masked: dict[tuple[Any, ...], Batch] = defaultdict(Batch)
         others = Others()
         for place, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
             average = averages[place] if averages else None
-            mask = None if grad is None else attached_mask(param)
-            if mask is None or group["differentiable"]:
-                others.add(param, average)
+            mask = attached_mask(param)
+            if average is not None and (mask is None or grad is None or group["differentiable"]):
+                others.add(param, average, mask)
             if grad is None:
                 continue
             buffer = self.momentum_of(param)
@@ -251,10 +273,12 @@ class MaskedSGD(torch.optim.SGD):
             else:
                 dtype = None if buffer is None else buffer.dtype
                 masked[param.device, param.dtype, dtype].add(place, param, buffer, mask, average)
-        for batch in masked.values():
-            self._restore_invariant(batch)
         batches = list(masked.values())
-        masks = [mask for batch in batches for mask in batch.masks]
+        for batch in batches:
+            self._restore_invariant(batch)
+        averages_of_others, masks_of_others = others.masked()
+        zero_inactive_(averages_of_others, masks_of_others)
+        masks = [*(mask for batch in batches for mask in batch.masks), *masks_of_others]
         return Plan(
             facts=self._facts(group, grads, masks, averages),
             plain=list(plain.values()),

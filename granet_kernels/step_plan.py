@@ -49,11 +49,18 @@ class Others:
 
     params: list[Tensor] = field(default_factory=list)
     averages: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    """Packed; None of parameters that have none."""
 
-    def add(self, param: Tensor, average: Tensor | None) -> None:
-        if average is not None:
-            self.params.append(param)
-            self.averages.append(average)
+    def add(self, param: Tensor, average: Tensor, mask: Tensor | None) -> None:
+        self.params.append(param)
+        self.averages.append(average)
+        self.masks.append(mask)
+
+    def masked(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages of masked parameters, and the masks."""
+        pairs = [(a, m) for a, m in zip(self.averages, self.masks, strict=True) if m is not None]
+        return [average for average, _ in pairs], [mask for _, mask in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class Plan:
     masked: list[Batch]
     """The operator's, one call for each device and dtype."""
     masks: list[Tensor]
-    """Of all `masked`."""
+    """Of all `masked`, and of `others`."""
     others: Others
 
     def is_of(self, facts: Facts) -> bool:

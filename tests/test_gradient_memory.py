@@ -149,3 +149,10 @@ def test_small_gradients_are_torchs(monkeypatch):
     assert memory.GradientMemory().like(layer.weight) is None
     monkeypatch.setattr(memory, "LEAST_BYTES", 31 * 33 * 4)
     assert memory.GradientMemory().like(layer.weight).shape == layer.weight.shape
+
+
+def test_a_gradient_may_be_written_to_and_detached():
+    layer = linear_layer()
+    gradient = torch.autograd.grad(layer(torch.randn(7, 33)).sum(), layer.weight)[0]
+    assert not gradient._is_view()
+    gradient.mul_(torch.ones(1, requires_grad=True)).detach_()

@@ -361,14 +361,103 @@ def test_averages_that_do_not_fit_leave_all_as_it_was(change, message):
         torch.testing.assert_close(mean.detach(), old.lerp(param.detach(), 1 - DECAY))
 
 
-def test_a_parameter_is_no_average_of_itself():
+ALIASES = {
+    "the parameters": lambda model, optimizer: list(model.parameters()),
+    "views of them": lambda model, optimizer: [param.detach() for param in model.parameters()],
+    "gradients": lambda model, optimizer: [param.grad for param in model.parameters()],
+    "momenta": lambda model, optimizer: [
+        optimizer.state[param]["momentum_buffer"] for param in model.parameters()
+    ],
+    "one twice": lambda model, optimizer: [clones(model)[1]] * 2,
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_averages_have_memory_of_their_own(alias, is_masked):
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(2)]
+    model = sparsify(nn.Sequential(*layers)) if is_masked else nn.Sequential(*layers)
+    optimizer = MaskedSGD([{"params": [layer.weight]} for layer in model], lr=0.1, momentum=0.9)
+    give_gradients(model, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"averages\[\d\]: expected memory of its own"):
+        optimizer.average_into(ALIASES[alias](model, optimizer))
+
+
+@pytest.mark.parametrize(
+    ("averages", "message"),
+    [
+        (lambda m: m.named_parameters(), "averages[0]: expected a tensor, got tuple"),
+        (lambda m: [None] * 8, "averages[0]: expected a tensor, got NoneType"),
+        (lambda m: [p.detach().numpy() for p in m.parameters()], "expected a tensor, got ndarray"),
+        (
+            lambda m: [torch.zeros(1).expand(p.shape) for p in m.parameters()],
+            "averages[0]: expected a tensor without gaps in memory, got shape (8, 3, 3, 3) with",
+        ),
+        (
+            lambda m: [*clones(m)[:-1], torch.zeros(1).expand(3)],
+            "averages[7]: expected a tensor without gaps in memory, got shape (3,) with strides (0,)",
+        ),
+    ],
+    ids=["named", "none", "numpy", "expanded", "an expanded bias"],
+)
+def test_averages_that_are_no_tensors_of_their_own(averages, message):
     model = network()
     optimizer = MaskedSGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"averages\[0\]: expected a copy of params\[0\], got"):
-        optimizer.average_into(model.parameters())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.average_into(averages(model))
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.1, NAN])
+@pytest.mark.parametrize("change", ["channels_last", "double"])
+def test_a_model_that_no_longer_fits_its_averages_is_left_alone(change):
+    """All of it, and the averages: nothing has been zeroed by the bits of another order."""
+    model = network()
+    plain = nn.Parameter(torch.ones(5))
+    groups = [{"params": [plain]}, {"params": list(model.parameters())}]
+    optimizer = MaskedSGD(groups, lr=0.1, momentum=0.9)
+    average = [torch.ones(5), *clones(model)]
+    optimizer.average_into(average)
+    for step in range(2):
+        if step == 1:
+            model = (
+                model.double()
+                if change == "double"
+                else model.to(memory_format=torch.channels_last)
+            )
+        plain.grad = torch.ones(5)
+        give_gradients(model, step)
+        before = [*map(torch.clone, average), plain.detach().clone(), *clones(model)]
+        if step == 0:
+            optimizer.step()
+            continue
+        with pytest.raises(
+            ValueError, match=r"averages\[0\]: expected (float64|the memory layout)"
+        ):
+            optimizer.step()
+        for tensor, old in zip([*average, plain, *model.parameters()], before, strict=True):
+            assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("how", ["without a gradient", "differentiable"])
+def test_what_becomes_inactive_is_zero_whoever_moves_the_average(how):
+    mask = torch.rand(8, 16) < 0.5
+    param = torch.randn(8, 16) * mask
+    packed = pack_mask(mask)
+    attach_mask(param, packed)
+    optimizer = MaskedSGD([param], lr=0.1, differentiable=how == "differentiable")
+    average = torch.ones(8, 16)
+    optimizer.average_into([average], DECAY)
+    param.grad = None if how == "without a gradient" else torch.ones(8, 16)
+    for _ in range(2):
+        optimizer.step()
+        assert not average[~mask].any()
+        assert average[mask].all()
+        mask &= torch.rand(8, 16) < 0.5
+        param.masked_fill_(~mask, 0.0)
+        packed.copy_(pack_mask(mask))
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, NAN, "0.5", None])
 def test_refuses_impossible_decays(decay):
     model = network()
     optimizer, average = averaging(model)

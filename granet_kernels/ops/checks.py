@@ -134,7 +134,7 @@ def check_average(argument: str, average: Tensor, weight: Tensor, weight_name: s
 
 
 def check_average_decay(decay: float) -> None:
-    if not 0 <= decay <= 1:  # NaN neither
+    if not isinstance(decay, int | float) or not 0 <= decay <= 1:  # NaN neither
         fail("average_decay", "a number in [0, 1]", decay)
 
 

@@ -45,9 +45,10 @@ class GradientMemory:
         except IndexError:
             return None
         if memory is None or memory.nbytes != size:
-            memory = torch.empty(size, dtype=torch.uint8).numpy()
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
         loan = memory[:]  # a storage refers to it until its last tensor is gone
         free = self._free
         self._loan = weakref.ref(loan, lambda _: free.append(memory))
         flat = torch.frombuffer(loan, dtype=weight.dtype)
-        return flat.as_strided(weight.size(), weight.stride())
+        # No view, to which backward, which records nothing, would let nobody write.
+        return flat.as_strided_(weight.size(), weight.stride())
