@@ -53,6 +53,13 @@ def test_every_kernel_is_listed(all_made):
     assert set(claims.TRAFFIC) == kernels()
 
 
+def test_a_process_lists_them_alike_each_time(all_made):
+    """Several share the work, each a part of its own list: else rows come twice, and others not at all."""
+    keys = [(made.call, made.key) for made in all_made]
+    for _ in range(2):
+        assert [(made.call, made.key) for made in specializations()] == keys
+
+
 @pytest.mark.slow
 def test_the_usual_specializations_are_as_promised(all_made):
     """On one target in full; the others differ in what ptxas makes of nearly the same PTX."""

@@ -195,8 +195,9 @@ CALLS: dict[str, Callable[[], Calls]] = {
 
 
 def specializations(families: tuple[str, ...] = tuple(CALLS)) -> list[Specialization]:
-    """All that the calls of these families launch."""
-    table._tables.clear()  # a table that is there already launches nothing
+    """All that the calls of these families launch: the same list whenever it is asked for in a process."""
+    table._tables.clear()  # a table that is there already launches nothing,
+    table._load_write_kernel.cache_clear()  # nor does a kernel that has been loaded
     return launches(itertools.chain.from_iterable(CALLS[family]() for family in families))
 
 
