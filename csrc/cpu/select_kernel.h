@@ -205,12 +205,15 @@ struct Zero {
     return (Lanes)((byte & lane_bits) == lane_bits);
   }
 
-  static GRANET_INLINE uint64_t any(Lanes lanes) {
+  static GRANET_INLINE bool any(Lanes lanes) {
+#if GRANET_AVX2
+    if constexpr (sizeof(Lanes) == 32) return _mm256_testz_si256((__m256i)lanes, (__m256i)lanes) == 0;
+#endif
     uint64_t words[sizeof(Lanes) / sizeof(uint64_t)];
     __builtin_memcpy(words, &lanes, sizeof words);
     uint64_t result = 0;
     for (const uint64_t word : words) result |= word;
-    return result;
+    return result != 0;
   }
 
   static GRANET_INLINE void line(Bits* values, uint64_t keep) {
@@ -235,8 +238,10 @@ struct Zero {
       vectors[v] = lanes & kept_lanes(keep >> v * kLanes);
       lost |= lanes ^ vectors[v];
     }
-    if (any(lost) == 0) return;
-    for (int64_t v = 0; v < kVectors; ++v) __builtin_memcpy(values + v * kLanes, &vectors[v], sizeof(Lanes));
+    // Nor is there a branch here: a line that stays as it is is stored elsewhere.
+    alignas(64) Bits elsewhere[kLine];
+    Bits* target = any(lost) ? values : elsewhere;
+    for (int64_t v = 0; v < kVectors; ++v) __builtin_memcpy(target + v * kLanes, &vectors[v], sizeof(Lanes));
 #endif
   }
 
