@@ -18,6 +18,9 @@ DEMO_GRANET = $(BIN)/granet train --method granet --init-sparsity 0.5 --sparsity
 CLANG ?= $(firstword $(notdir $(wildcard /usr/bin/clang++ /usr/bin/clang++-[0-9][0-9])) clang++)
 FUZZ_SECONDS ?= 30
 
+# Files of tests at once: each takes a core and, with torch, half a gigabyte.
+JOBS ?= 2
+
 # What bench-cpu measures: all of bench/cpu, or a GROUP: step, selection, update, conv, linear, training, inference, engine.
 # QUICK=1: a few cases and rounds of each, in two minutes instead of fifteen.
 GROUP ?=
@@ -31,7 +34,7 @@ BENCH_NAME  = $(if $(GROUP),cpu-$(GROUP),cpu)
 
 help:
 	@echo "make demo     train a dense and a 90 % sparse network on handwritten digits, and compare them"
-	@echo "make test     check style and types, run all tests"
+	@echo "make test     check style and types, run all tests (JOBS=2: so many files at once)"
 	@echo "make docs     build the documentation as a site, in build/site"
 	@echo "make fuzz     feed the selection and the mask codec random inputs for a minute (needs clang)"
 	@echo "make lint     check style and types only"
@@ -55,7 +58,7 @@ say-demo:
 	@echo "dense and then with GraNet from 50 % to 90 % sparsity; compare the two in a table. Results: runs/demo."
 
 test: say-test lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Warnings are errors; nothing is fetched.
 docs: $(VENV)/installed
