@@ -1,9 +1,14 @@
 // Tests of csrc/common/radix.h and csrc/cpu/select.h against the naive oracle of select_oracle.h.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <span>
 #include <string>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "select_draws.h"
 #include "select_run.h"
@@ -77,6 +82,24 @@ void test_wrong_guess(const cpu::Parallel& parallel) {
   }
 }
 
+#ifdef __linux__
+// Momenta that are zero already, on pages that cannot be written: the processor itself watches.
+void test_zero_lines_are_not_written() {
+  constexpr int64_t kNumel = 4096;
+  constexpr size_t kBytes = kNumel * sizeof(double);
+  void* momentum = mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  for (const FloatType type : {FloatType::kFloat16, FloatType::kFloat32, FloatType::kFloat64}) {
+    std::vector<float> weight(kNumel);
+    for (size_t i = 0; i < kNumel; ++i) weight[i] = static_cast<float>(i * 7919 % kNumel);  // in no order
+    std::vector<uint8_t> mask(kNumel / kWeightsPerByte, uint8_t{kAllActive});
+    const int64_t k = kNumel / 2;
+    cpu::prune({{{weight.data(), FloatType::kFloat32, kNumel, mask.data(), momentum, type}}}, {{k}}, cpu::Serial());
+    expect(std::count(weight.begin(), weight.end(), 0.0f) == kNumel - k, "prune with momenta that are zero");
+  }
+  munmap(momentum, kBytes);
+}
+#endif
+
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kThreadSanitizer = true;
 #else
@@ -99,6 +122,9 @@ void test_keys() {
 
 int main() {
   test_keys();
+#ifdef __linux__
+  test_zero_lines_are_not_written();
+#endif
   const cpu::StdThreads threads(3);
   const cpu::Serial serial;
   // ThreadSanitizer takes twenty times as long, and has nothing to find where one thread runs.
