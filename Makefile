@@ -18,11 +18,11 @@ DEMO_GRANET = $(BIN)/granet train --method granet --init-sparsity 0.5 --sparsity
 CLANG ?= $(firstword $(notdir $(wildcard /usr/bin/clang++ /usr/bin/clang++-[0-9][0-9])) clang++)
 FUZZ_SECONDS ?= 30
 
-# Files of tests at once: each takes a core and, with torch, half a gigabyte.
+# Files of tests at once, each on a core.
 JOBS ?= 2
 
 # What bench-cpu measures: all of bench/cpu, or a GROUP: step, selection, update, conv, linear, training, inference, engine.
-# QUICK=1: a few cases and rounds of each, in two minutes instead of fifteen.
+# QUICK=1: a few cases and rounds of each, in two minutes instead of twenty.
 GROUP ?=
 QUICK ?=
 BENCH_FILES = $(if $(GROUP),bench/cpu/test_$(GROUP).py,bench/cpu)
@@ -39,7 +39,7 @@ help:
 	@echo "make fuzz     feed the selection and the mask codec random inputs for a minute (needs clang)"
 	@echo "make lint     check style and types only"
 	@echo "make format   rewrite the sources in the project's style"
-	@echo "make bench-cpu  measure every kernel on the CPU against what it replaces: 15 minutes (QUICK=1: 2; GROUP=conv)"
+	@echo "make bench-cpu  measure every kernel on the CPU against what it replaces: 20 minutes (QUICK=1: 2; GROUP=conv)"
 	@echo "make kernel-report  compile every kernel for A100, H100 and B200, and check the code (needs no GPU)"
 	@echo "make simt     compile the CUDA kernels for the host; GRANET_SIMT=1 then runs them on the CPU (needs no GPU)"
 	@echo "make setup    create $(VENV) and install everything into it (the others do this by themselves)"

@@ -1,4 +1,4 @@
-"""How much to measure: all of it in a quarter of an hour on two cores, or a taste in two minutes."""
+"""How much to measure: all of it in twenty minutes on two cores, or a taste in two minutes."""
 
 from __future__ import annotations
 

@@ -238,7 +238,8 @@ struct Zero {
       vectors[v] = lanes & kept_lanes(keep >> v * kLanes);
       lost |= lanes ^ vectors[v];
     }
-    // Nor is there a branch here: a line that stays as it is is stored elsewhere.
+    // Without a branch, too: a line that stays as it is is stored elsewhere. Of an update of 25.5 million weights with
+    // AVX2 zeroing takes 20 ms, with a branch 44.
     alignas(64) Bits elsewhere[kLine];
     Bits* target = any(lost) ? values : elsewhere;
     for (int64_t v = 0; v < kVectors; ++v) __builtin_memcpy(target + v * kLanes, &vectors[v], sizeof(Lanes));
