@@ -139,20 +139,36 @@ void pack_images(const PackImages& task) {
   (task.step == 1 ? pack_images_of<Value, 1> : pack_images_of<Value, 2>)(task);
 }
 
+// What is packed or unpacked 96 channels later, from the pixels of a vector or of the next one, is fetched meanwhile:
+// the processor's prefetchers do not follow sixteen pixels at once. Out of cold caches, into the second level: packing
+// took 0.55 to 0.7 of the time of fetching the next vector's pixels into the first, 128 to 3136 pixels of 64 to 4096
+// channels on a Zen 4; unpacking 0.55 to 0.95 of the time of not fetching, and fetching to write did not help there.
+struct Ahead {
+  const int64_t* origin;
+  int64_t channel;
+};
+inline Ahead ahead_of(const PixelVector* vector, const PixelVector* end, int64_t channels, int64_t channel) {
+  constexpr int64_t kChannelsAhead = 96;
+  const int64_t visited = (channels + kLanes - 1) / kLanes * kLanes, then = channel + kChannelsAhead;
+  if (then < visited || vector + 1 == end) return {vector->origin, then};
+  return {vector[1].origin, then - visited};
+}
+
 template <typename Value>
 void pack_pixels(const PackPixels& task) {
   const auto* const source = static_cast<const Value*>(task.source);
+  const PixelVector* const end = task.vectors + task.vector_count;
   for (int64_t v = 0; v < task.vector_count; ++v) {
     const int64_t* origin = task.vectors[v].origin;
-    const int64_t* next = task.vectors[v + 1 < task.vector_count ? v + 1 : v].origin;
     float* target = task.slab + v * kLanes;
     for (int64_t c = 0; c < task.channels; c += kLanes, target += kLanes * task.plane) {
       const int64_t count = task.channels - c < kLanes ? task.channels - c : kLanes;
+      const Ahead ahead = ahead_of(task.vectors + v, end, task.channels, c);
       Floats rows[kLanes];
 #pragma GCC unroll 16
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         rows[lane] = origin[lane] < 0 ? Floats{} : load_first(source + origin[lane] + c, count);
-        __builtin_prefetch(source + next[lane] + c);
+        __builtin_prefetch(source + ahead.origin[lane] + ahead.channel, kToRead, kSecondLevel);
       }
       transpose(rows);
 #pragma GCC unroll 16
@@ -164,14 +180,19 @@ void pack_pixels(const PackPixels& task) {
 }
 
 inline void unpack_pixels(const UnpackPixels& task) {
+  const PixelVector* const end = task.vectors + task.vector_count;
   for (int64_t v = 0; v < task.vector_count; ++v) {
     const int64_t* origin = task.vectors[v].origin;
     const float* from = task.sums + v * kLanes;
     for (int64_t c = 0; c < task.channels; c += kLanes, from += kLanes * task.width) {
       const int64_t count = task.channels - c < kLanes ? task.channels - c : kLanes;
+      const Ahead ahead = ahead_of(task.vectors + v, end, task.channels, c);
       Floats rows[kLanes];
 #pragma GCC unroll 16
-      for (int64_t k = 0; k < kLanes; ++k) rows[k] = k < count ? load(from + k * task.width) : Floats{};
+      for (int64_t k = 0; k < kLanes; ++k) {
+        rows[k] = k < count ? load(from + k * task.width) : Floats{};
+        __builtin_prefetch(task.target + ahead.origin[k] + ahead.channel, kToRead, kSecondLevel);
+      }
       transpose(rows);
 #pragma GCC unroll 16
       for (int64_t lane = 0; lane < kLanes; ++lane) {
