@@ -25,6 +25,14 @@ inline Floats load(const float* address) {
   return vector;
 }
 
+// The same, loaded into a register for several uses: the compiler would load it again for each, as an operand.
+inline Floats in_register(Floats vector) {
+#if GRANET_AVX2
+  asm("" : "+v"(vector));
+#endif
+  return vector;
+}
+
 inline void store(float* address, Floats vector) { __builtin_memcpy(address, &vector, sizeof vector); }
 
 // Past the caches, to an address that is a multiple of a vector's size; see drain().

@@ -46,7 +46,8 @@ Stencil forward_stencil(const ConvShape& shape) {
           .spread = {1, 1},
           .filter = shape.kernel,
           .first = {-shape.padding.h, -shape.padding.w},
-          .step = shape.dilation};
+          .step = shape.dilation,
+          .products = 1};
 }
 
 // Input row h = stride * q + a takes output row q + (a + padding - dilation * k) / stride for each filter row k that
@@ -70,7 +71,8 @@ Stencil input_gradient_stencil(const ConvShape& shape) {
           .spread = shape.stride,
           .filter = shape.kernel,
           .first = shape.padding,
-          .step = {-shape.dilation.h, -shape.dilation.w}};
+          .step = {-shape.dilation.h, -shape.dilation.w},
+          .products = 2};
 }
 
 namespace {
@@ -91,10 +93,12 @@ int64_t row_length(const Stencil& s) {
 }
 
 // Channels are taken in blocks so that a block's part of a tile stays in the first-level cache while all rows pass over
-// it. Sums are stored and loaded again between blocks, so a row should have some entries in each.
+// it. Sums are stored and loaded again between blocks, and factors loaded, so a row should have some entries in each:
+// linear layers of 256 rows, 95 % sparse, took 0.88 to 0.96 of the time of their backward pass with half the blocks
+// once it had factors.
 void choose_blocks(const Stencil& s, int64_t entries, int64_t window, Plan& plan) {
   const int64_t fitting = std::max<int64_t>(1, kBlockBytes / 4 / window);
-  const int64_t worthwhile = entries * plan.tile / (s.rows() * kRowProducts);
+  const int64_t worthwhile = entries * plan.tile / (s.rows() * kRowProducts * s.products);
   plan.blocks = std::clamp<int64_t>(ceil_div(s.channels, fitting), 1, std::max<int64_t>(1, worthwhile));
   plan.block = ceil_div(s.channels, plan.blocks);
   plan.blocks = ceil_div(s.channels, plan.block);

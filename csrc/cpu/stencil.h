@@ -58,6 +58,7 @@ struct Stencil {
   Pair filter;       // its height and width
   Pair first;        // without strides, element (i, j) of a filter looks (first.h + i * step.h, first.w + j * step.w)
   Pair step;         // away from the target pixel
+  int64_t products;  // that a vector of the source takes part in for an entry: with its weight and, backward, a factor
 
   int64_t phases() const { return split.h * split.w; }
   int64_t rows() const { return targets * spread.h * spread.w; }

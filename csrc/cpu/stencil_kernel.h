@@ -156,8 +156,21 @@ class ShiftedTile {
 };
 #endif
 
-template <int kTile, typename Tile>
-void sum_tile(const SumTile& task) {
+// A row's sums before a block: those of the blocks before, or the bias.
+template <int kTile>
+void start_row(const SumTile& task, int64_t row, const float* sums, Floats (&sum)[kTile]) {
+  if (task.block > 0) {
+    for (int t = 0; t < kTile; ++t) sum[t] = load(sums + t * kLanes);
+  } else {
+    const Floats bias = broadcast(task.bias == nullptr ? 0.0f : task.bias[row / task.rows_per_bias]);
+    for (int t = 0; t < kTile; ++t) sum[t] = bias;
+  }
+}
+
+// add(row, sum, entries of it) for every row of a block. What it adds to must not be `sum` itself, which is handed on
+// by address below: that would be stored for every entry.
+template <int kTile, typename Add>
+void for_each_row(const SumTile& task, const Add& add) {
   const BlockEntries entries(task.entries, task.block);
   const bool finishes = task.direct.target != nullptr && task.block + 1 == task.blocks;
   Prefetch<kTile> next(task.next, task.last_row - task.first_row);
@@ -167,13 +180,22 @@ void sum_tile(const SumTile& task) {
     const int64_t count = entries.count(row);
     if (task.block > 0 && count == 0 && !finishes) continue;
     if (finishes && !task.direct.streams && row + 1 < task.last_row) fetch_target(task.direct, row + 1);
-    Floats sum[kTile];  // handed on by address below, so not what is added to: that would be stored for every entry
-    if (task.block > 0) {
-      for (int t = 0; t < kTile; ++t) sum[t] = load(sums + t * kLanes);
+    Floats sum[kTile];
+    start_row<kTile>(task, row, sums, sum);
+    add(row, sum, count);
+    if (finishes) {
+      finish_row<kTile>(sum, task.direct, row);
     } else {
-      const Floats bias = broadcast(task.bias == nullptr ? 0.0f : task.bias[row / task.rows_per_bias]);
-      for (int t = 0; t < kTile; ++t) sum[t] = bias;
+      for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
     }
+  }
+  if (finishes && task.direct.streams) drain();
+}
+
+template <int kTile, typename Tile>
+void sum_tile(const SumTile& task) {
+  const BlockEntries entries(task.entries, task.block);
+  for_each_row<kTile>(task, [&](int64_t row, Floats(&sum)[kTile], int64_t count) {
     const int32_t* offset = entries.offset + entries.begin[row];
     const float* value = task.entries.value + entries.first[row];
     Floats running[kTile];
@@ -184,13 +206,47 @@ void sum_tile(const SumTile& task) {
       for (int t = 0; t < kTile; ++t) running[t] = fma(weight, source[t], running[t]);
     }
     for (int t = 0; t < kTile; ++t) sum[t] = running[t];
-    if (finishes) {
-      finish_row<kTile>(sum, task.direct, row);
-    } else {
-      for (int t = 0; t < kTile; ++t) store(sums + t * kLanes, sum[t]);
+  });
+}
+
+template <int kTile, typename Tile>
+void sum_with_factors(const SumTile& task) {
+  const BlockEntries entries(task.entries, task.block);
+  const Factors& factors = task.factors;
+  const bool fetches = factors.next != nullptr && task.block + 1 == task.blocks;
+  for_each_row<kTile>(task, [&](int64_t row, Floats(&sum)[kTile], int64_t count) {
+    const int64_t at = (row - task.first_row) * factors.plane;
+    if (fetches) prefetch_tile<kTile>(factors.next + at);
+    const int32_t* offset = entries.offset + entries.begin[row];
+    const float* value = task.entries.value + entries.first[row];
+    Floats running[kTile], factor[kTile];
+    for (int t = 0; t < kTile; ++t) {
+      running[t] = sum[t];
+      factor[t] = load(factors.data + at + t * kLanes);
     }
-  }
-  if (finishes && task.direct.streams) drain();
+    const auto product = [&](int64_t e) {
+      const Tile tile(task.slab, task.shifts, offset[e]);
+      const Floats weight = broadcast(value[e]);
+      Floats products{};
+      for (int t = 0; t < kTile; ++t) {
+        const Floats source = in_register(tile[t]);
+        running[t] = fma(weight, source, running[t]);
+        products = t == 0 ? factor[0] * source : fma(factor[t], source, products);
+      }
+      return products;
+    };
+    float* gradients = factors.gradient + entries.first[row];
+    int64_t e = 0;
+    for (; e + 4 <= count; e += 4) {
+      const Floats a = product(e), b = product(e + 1), c = product(e + 2), d = product(e + 3);
+      store_four(gradients + e, load_four(gradients + e) + sums_of_lanes(a, b, c, d));
+    }
+    for (; e < count; ++e) {
+      const Floats last = product(e);
+      gradients[e] += sums_of_lanes(last, last, last, last)[0];
+    }
+    for (int t = 0; t < kTile; ++t) sum[t] = running[t];
+  });
 }
 
 template <int kTile, typename Tile>
@@ -230,6 +286,9 @@ template <typename Tile>
 constexpr TileKernels kTileKernels = {
     {nullptr, sum_tile<1, Tile>, sum_tile<2, Tile>, sum_tile<3, Tile>, sum_tile<4, Tile>, sum_tile<5, Tile>,
      sum_tile<6, Tile>, sum_tile<7, Tile>, sum_tile<8, Tile>},
+    {nullptr, sum_with_factors<1, Tile>, sum_with_factors<2, Tile>, sum_with_factors<3, Tile>,
+     sum_with_factors<4, Tile>, sum_with_factors<5, Tile>, sum_with_factors<6, Tile>, sum_with_factors<7, Tile>,
+     sum_with_factors<8, Tile>},
     {nullptr, correlate_tile<1, Tile>, correlate_tile<2, Tile>, correlate_tile<3, Tile>, correlate_tile<4, Tile>,
      correlate_tile<5, Tile>, correlate_tile<6, Tile>, correlate_tile<7, Tile>, correlate_tile<8, Tile>}};
 

@@ -60,6 +60,16 @@ struct Next {
   int64_t planes;
 };
 
+// A tile's worth of each row of a tensor like the target, by which the slab is multiplied as well: gradient[e], in the
+// order of the values, += the sum over the tile of data[(row - first_row) * plane + …] * slab[offset[e] + …].
+struct Factors {
+  const float* data;  // at the tile's first position; null: there are none
+  int64_t plane;      // floats from one row to the next
+  const float* next;  // those of the tile that SumTile::next is of, or null
+  float* gradient;
+  Factors from(int64_t position) const { return {data == nullptr ? nullptr : data + position, plane, next, gradient}; }
+};
+
 // sums[row - first_row] (tile vectors) += the entries of one block of channels times the slab, for rows
 // [first_row, last_row). The first block starts from bias[row / rows_per_bias], or 0 where bias is null; the last one
 // goes on to the direct target, if there is one.
@@ -68,6 +78,7 @@ struct SumTile {
   const float* slab;    // at the tile's first position
   const Shift* shifts;  // of the tile, one for each element of the filter; null where the plan is not `shifted`
   Next next;
+  Factors factors;
   int64_t block;
   int64_t blocks;
   int64_t first_row;
@@ -97,6 +108,7 @@ struct CorrelateTile {
 // Indexed by the number of vectors in a tile.
 struct TileKernels {
   void (*sum_tile[kMostVectors + 1])(const SumTile&);
+  void (*sum_with_factors[kMostVectors + 1])(const SumTile&);
   void (*correlate_tile[kMostVectors + 1])(const CorrelateTile&);
 };
 

@@ -197,6 +197,10 @@ ConvShape flattened(const ConvShape& s) {
   return flat;
 }
 
+bool same_bits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
 void check(const Problem& p, const Parallel& parallel) {
   const ConvShape& s = p.shape;
   const bool pointwise = s.kernel.h * s.kernel.w * s.stride.h * s.stride.w == 1 && s.padding.h + s.padding.w == 0;
@@ -245,10 +249,24 @@ void check(const Problem& p, const Parallel& parallel) {
   Floats products(p.weight.size());
   for_each_product(s, input, grad_output, [&](size_t w, float x, float y) { products[w] += x * y; });
   for (size_t w = 0; w < products.size(); ++w) products[w] = p.weight[w] == 0.0f ? 0.0f : products[w];
-  Floats spread_gradient(products.size(), 7.0f);
-  spread(gradient.data(), forward.positions.data(), count, spread_gradient.data(), Element::kFloat32, s.weights(),
-         parallel);
-  expect_close("gradient of the weight", spread_gradient, products, p);
+  const auto expect_weight_gradient = [&](const char* what) {
+    Floats spread_gradient(products.size(), 7.0f);
+    spread(gradient.data(), forward.positions.data(), count, spread_gradient.data(), Element::kFloat32, s.weights(),
+           parallel);
+    expect_close(what, spread_gradient, products, p);
+  };
+  expect_weight_gradient("gradient of the weight");
+
+  Images at_once = images(s.batch, s.channels, s.input, last, false);
+  partial.resize(static_cast<size_t>(gradient_parts(backward.plan) * count));
+  std::fill(gradient.begin(), gradient.end(), 7.0f);
+  differentiate_stencil(backward.stencil, backward.plan, backward.entries(), backward.ranks(), count, view(grad_output),
+                        view(input), view(at_once), partial.data(), gradient.data(), parallel);
+  expect_weight_gradient("gradient of the weight, at once with the input's");
+  if (!same_bits(at_once.values, grad_input.values)) {
+    ++failures;
+    std::printf("FAILED: gradients at once change that of the input\n");
+  }
 }
 
 // Gradients on both sides of the size from which they are written past the caches, aligned or not.
@@ -298,14 +316,11 @@ void test_spread_and_gather() {
   }
 }
 
-bool same_bits(const Floats& a, const Floats& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
-
 void test_threads_change_nothing() {
   Problem p = random_problem();
   while (p.shape.weights() < 500) p = random_problem();
   const BuiltIndex index = build(p, p.shape, Direction::kForward, can_read_in_place(p.shape));
+  const BuiltIndex backward = build(p, p.shape, Direction::kInputGradient, can_read_in_place(p.shape));
   Images input = images(p.shape.batch, p.shape.channels, p.shape.input, false, true);
   Images grad_output = images(p.shape.batch, p.shape.out_channels, p.shape.output(), false, true);
   const auto count = static_cast<int64_t>(index.offset.size());
@@ -319,6 +334,13 @@ void test_threads_change_nothing() {
     correlate_stencil(index.stencil, index.plan, index.entries(), index.ranks(), count, input.view(),
                       grad_output.view(), partial.data(), gradient.data(), StdThreads(threads));
     gradients.push_back(gradient);
+    Images grad_input = images(p.shape.batch, p.shape.channels, p.shape.input, false, false);
+    partial.resize(static_cast<size_t>(gradient_parts(backward.plan) * count));
+    differentiate_stencil(backward.stencil, backward.plan, backward.entries(), backward.ranks(), count,
+                          grad_output.view(), input.view(), grad_input.view(), partial.data(), gradient.data(),
+                          StdThreads(threads));
+    gradients.back().insert(gradients.back().end(), gradient.begin(), gradient.end());
+    gradients.back().insert(gradients.back().end(), grad_input.values.begin(), grad_input.values.end());
   }
   for (size_t i = 1; i < results.size(); ++i) {
     if (same_bits(results[i], results[0]) && same_bits(gradients[i], gradients[0])) continue;

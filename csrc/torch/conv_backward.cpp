@@ -1,0 +1,188 @@
+// The gradients of sparse convolution and linear layers, namespace granet_cpp (conv.cpp).
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "common/bfloat16.h"
+#include "cpu/active.h"
+#include "cpu/conv.h"
+#include "torch/checks.h"
+#include "torch/conv_operands.h"
+#include "torch/conv_work.h"
+#include "torch/large_pages.h"
+#include "torch/parallel.h"
+
+namespace granet {
+namespace {
+
+// A gradient in the layout of the input, and where the kernels write it, whose pixels are evenly spaced.
+struct InputGradient {
+  Tensor gradient;
+  Tensor written;
+
+  InputGradient(const Tensor& input, const ConvShape& shape)
+      : gradient(torch::stable::empty_like(input)),
+        written(is_evenly_spaced(gradient)
+                    ? gradient
+                    : torch::stable::new_empty(input, {shape.batch, shape.channels, shape.input.h, shape.input.w})) {
+    prefer_large_pages(written);
+  }
+
+  Tensor finished() {
+    if (written.const_data_ptr() == gradient.const_data_ptr()) return gradient;
+    return torch::stable::copy_(gradient, written);
+  }
+};
+
+// The transpose of conv(., values), of grad_output, in the layout of the input.
+Tensor input_gradient(const Tensor& input, const Tensor& grad_output, const float* values,
+                      const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
+  check_in_place(shape, in_place);
+  const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
+  const cpu::StencilEntries entries = entries_of(index, work, values);
+  check_size(input, "input", shape.batch, shape.channels, shape.input);
+  InputGradient result(input, shape);
+  const ImageView source = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
+  const ImageView target = view_of(result.written, "gradient", in_place || is_pointwise(shape));
+  check_planes(source, shape, in_place, "grad_output");
+  check_planes(target, shape, in_place, "gradient");
+  cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
+                   TorchThreads(time_of(shape, entries_in(index))));
+  return result.finished();
+}
+
+// Sums over pixels for the active weights, in storage order, after room for those of the parts that they are added up
+// from.
+struct WeightSums {
+  Tensor memory;
+  float* partial;
+  float* sums;
+
+  WeightSums(const Known& known, const Plan& plan) {
+    const int64_t count = known.positions.numel(), parts = cpu::gradient_parts(plan);
+    memory = torch::stable::new_empty(known.positions, {count * (parts + 1)}, ScalarType::Float);
+    partial = static_cast<float*>(memory.mutable_data_ptr());
+    sums = partial + count * parts;
+  }
+};
+
+// As a gradient in the layout of the weight: zero but for the active weights. In `memory`, where there is some.
+Tensor spread_sums(const WeightSums& found, const Tensor& weight, const Tensor& input,
+                   const std::optional<Tensor>& memory, const Known& known, const ConvShape& shape) {
+  const int64_t count = known.positions.numel();
+  if (rounds_to_bfloat16(input)) {  // computed in the input's dtype, as autocast does
+    for (int64_t i = 0; i < count; ++i) found.sums[i] = round_to_bfloat16(found.sums[i]);
+  }
+  const Tensor gradient = memory.has_value() ? *memory : torch::stable::empty_like(weight);
+  prefer_large_pages(gradient);
+  cpu::spread(found.sums, static_cast<const int32_t*>(known.positions.const_data_ptr()), count,
+              gradient.mutable_data_ptr(), element_of(gradient, "gradient"), shape.weights(),
+              TorchThreads(static_cast<double>(shape.weights()) * 0.2 + static_cast<double>(count)));
+  return gradient;
+}
+
+void check_entries(const std::vector<Tensor>& index, const Known& known) {
+  STD_TORCH_CHECK(entries_in(index) == known.positions.numel(), "index: expected ", known.positions.numel(),
+                  " entries");
+}
+
+Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Tensor& input,
+                       const std::optional<Tensor>& memory, const Known& known, const std::vector<Tensor>& index,
+                       const ConvShape& shape, bool in_place) {
+  check_in_place(shape, in_place);
+  const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
+  const cpu::StencilEntries entries = entries_of(index, work, nullptr);
+  check_size(input, "input", shape.batch, shape.channels, shape.input);
+  const ImageView source = view_of(input, "input", in_place || is_pointwise(shape));
+  const ImageView factor = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
+  check_planes(source, shape, in_place, "input");
+  check_planes(factor, shape, in_place, "grad_output");
+  check_entries(index, known);
+  const int64_t count = known.positions.numel();
+  const WeightSums found(known, work.plan);
+  cpu::correlate_stencil(work.stencil, work.plan, entries, ranks_of(index), count, source, factor, found.partial,
+                         found.sums, TorchThreads(time_of(shape, count)));
+  return spread_sums(found, weight, input, memory, known, shape);
+}
+
+// Whether both gradients are computed at once. Few pixels, as a linear layer's 32 rows, gain less than it takes to put
+// the products into the order of the weights.
+bool are_computed_at_once(const ConvShape& shape, const Tensor& input, bool in_place) {
+  constexpr int64_t kFewPixels = 64;
+  return shape.batch * shape.input.h * shape.input.w >= kFewPixels &&
+         (!in_place || has_planes(view_of(input, "input", true), shape));
+}
+
+// Those of the input and of the weight, from an index for the input's and its values.
+std::vector<Tensor> both_gradients(const Tensor& weight, const Tensor& grad_output, const Tensor& input,
+                                   const std::optional<Tensor>& memory, const float* values, const Known& known,
+                                   const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
+  check_in_place(shape, in_place);
+  const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
+  const cpu::StencilEntries entries = entries_of(index, work, values);
+  check_size(input, "input", shape.batch, shape.channels, shape.input);
+  check_entries(index, known);
+  InputGradient result(input, shape);
+  const bool flat = in_place || is_pointwise(shape);
+  const ImageView source = view_of(grad_output, "grad_output", flat);
+  const ImageView factor = view_of(input, "input", flat);
+  const ImageView target = view_of(result.written, "gradient", flat);
+  check_planes(source, shape, in_place, "grad_output");
+  check_planes(factor, shape, in_place, "input");
+  check_planes(target, shape, in_place, "gradient");
+  const int64_t count = known.positions.numel();
+  const WeightSums found(known, work.plan);
+  cpu::differentiate_stencil(work.stencil, work.plan, entries, ranks_of(index), count, source, factor, target,
+                             found.partial, found.sums, TorchThreads(2 * time_of(shape, count)));
+  return {result.finished(), spread_sums(found, weight, input, memory, known, shape)};
+}
+
+// The gradients that are needed, of the input and of the weight; `stored` as above, if it is at hand; `memory` for the
+// weight's, if there is some: of its dtype and layout. Nothing where the mask has other bits.
+std::vector<Tensor> masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> stored,
+                                         Tensor mask, std::vector<Tensor> known_tensors,
+                                         std::vector<Tensor> input_index, std::vector<Tensor> weight_index,
+                                         std::vector<int64_t> numbers, bool input_in_place, bool weight_in_place,
+                                         std::optional<Tensor> memory, bool needs_input, bool needs_weight) {
+  const ConvShape shape = shape_of(numbers);
+  check_weight(weight, shape, "weight");
+  if (memory.has_value()) {
+    check_weight(*memory, shape, "memory");
+    STD_TORCH_CHECK(memory->scalar_type() == weight.scalar_type(), "memory: expected the weight's dtype");
+  }
+  check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
+  const Known known = known_of(known_tensors, shape.weights());
+  std::vector<Tensor> gradients;
+  if (!are_those_of(known.bits, mask)) return gradients;
+  if (needs_input) {
+    const Tensor ordered_values =
+        ordered(stored.has_value() ? *stored : fetched(weight, known, rounds_to_bfloat16(input)), known, input_index);
+    const auto* values = static_cast<const float*>(ordered_values.const_data_ptr());
+    if (needs_weight && are_computed_at_once(shape, input, input_in_place)) {
+      return both_gradients(weight, grad_output, input, memory, values, known, input_index, shape, input_in_place);
+    }
+    gradients.push_back(input_gradient(input, grad_output, values, input_index, shape, input_in_place));
+  }
+  if (needs_weight) {
+    gradients.push_back(
+        weight_gradient(weight, grad_output, input, memory, known, weight_index, shape, weight_in_place));
+  }
+  return gradients;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
+  m.def(
+      "masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? stored, Tensor mask, "
+      "Tensor[] known, Tensor[] input_index, Tensor[] weight_index, int[] shape, bool input_in_place, "
+      "bool weight_in_place, Tensor(a!)? memory, bool needs_input, bool needs_weight) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) { m.impl("masked_conv_backward", TORCH_BOX(&masked_conv_backward)); }
+
+}  // namespace granet
