@@ -8,8 +8,7 @@
 The first part packs inputs, writes outputs and gradients, compares the mask and passes through
 Python. The third are the index, and inputs that are read where they are, by the active weights
 alone: those of pointwise layers, and of others that are sparse enough. What a measured layer takes
-beyond its account are cache misses between the parts, and the way of weights and their gradients
-into the order of an index and back.
+beyond its account are cache misses between the parts.
 
 A network's training step has an account too: the step without an active weight, and the products.
 """
@@ -25,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bench.cpu.layers import PACKED_WITHOUT_WEIGHTS, WITHOUT_WEIGHTS, Shape
 from bench.cpu.networks import TRAINING_STEP, Network, products
@@ -36,7 +36,9 @@ from granet_kernels import MaskedConv2d, MaskedLinear
 from granet_kernels.backends.cpp.conv import conv_shape
 from granet_kernels.backends.cpp.index import gather, reads_in_place
 
-PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 3}
+PASSES: Mapping[str, int] = {"forward": 1, "forward+backward": 2}  # over the index
+BACKWARD_PRODUCTS = 2
+"""Of an active weight and a pixel: for the gradient of the input, and for its own."""
 FLOAT = 4  # bytes
 ENTRY = 8  # bytes that an index has for an active weight: an offset and a rank
 PAIRS = 101
@@ -51,7 +53,16 @@ class Rates:
     bytes_a_ms: float
     """Read from memory."""
     products_a_ms: float
-    """Of active weights, each a sum and a product."""
+    """Of active weights, each a sum and a product, forward."""
+    backward_a_ms: float
+    """Backward, where what is loaded takes part in two of them."""
+
+    def products_ms(self, measure: str, products: float) -> float:
+        """So many forward, and twice as many backward."""
+        forward = products / self.products_a_ms
+        if measure == "forward":
+            return forward
+        return forward + BACKWARD_PRODUCTS * products / self.backward_a_ms
 
 
 def account_ms(
@@ -67,10 +78,10 @@ def account_ms(
     fetched = fetching_ms(weights, sparsity, rates.threads)  # forward; backward has them
     if _is_in_place(shape, active):
         inputs, outputs = pixels * shape.weight[1], pixels * shape.weight[0]
-        # Backward the gradient of the output for both gradients, and the input.
-        read += FLOAT * (inputs if measure == "forward" else 2 * inputs + 2 * outputs)
-    products = PASSES[measure] * active * pixels
-    return without_weights_ms + fetched + read / rates.bytes_a_ms + products / rates.products_a_ms
+        # Backward the gradient of the output, and the input.
+        read += FLOAT * (inputs if measure == "forward" else 2 * inputs + outputs)
+    products_ms = rates.products_ms(measure, active * pixels)
+    return without_weights_ms + fetched + read / rates.bytes_a_ms + products_ms
 
 
 def _active(shape: Shape, sparsity: float) -> float:
@@ -112,8 +123,7 @@ def training_rows(
     found = race.compare(DENSE, WITHOUT_WEIGHTS, TRAINING_STEP)
     if found is None:
         return []
-    all_products = PASSES["forward+backward"] * network.batch * products(network)
-    all_ms = all_products / rates(threads).products_a_ms
+    all_ms = rates(threads).products_ms("forward+backward", network.batch * products(network))
     return [
         _row(
             found,
@@ -161,7 +171,10 @@ def rates(threads: int, rows: int | None = None) -> Rates:
     them, finding the weight takes longer than its products.
     """
     return Rates(
-        threads=threads, bytes_a_ms=_bytes_a_ms(), products_a_ms=_products_a_ms(threads, rows)
+        threads=threads,
+        bytes_a_ms=_bytes_a_ms(),
+        products_a_ms=_products_a_ms(threads, rows, _forward),
+        backward_a_ms=BACKWARD_PRODUCTS * _products_a_ms(threads, rows, _backward),
     )
 
 
@@ -183,7 +196,12 @@ def _bytes_a_ms() -> float:
     return numbers.numel() * 4 / _median_ms(numbers.sum)
 
 
-def _products_a_ms(threads: int, rows: int | None) -> float:
+Layer = MaskedConv2d | MaskedLinear
+
+
+def _products_a_ms(
+    threads: int, rows: int | None, timed: Callable[[Layer, Tensor], float]
+) -> float:
     """From what half of the weights add, on one thread, to a layer whose input takes 8 to 16 KiB.
 
     Layers with many and with few weights take turns: one after the other, the rate of 256 rows came out
@@ -195,16 +213,25 @@ def _products_a_ms(threads: int, rows: int | None) -> float:
         input = torch.randn(rows, max(8, min(64, 4096 // rows)))
     many, few = (_sparse_layer(input.size(1), rows is None, density) for density in (0.75, 0.25))
     added = (many.count_active() - few.count_active()) * (input.numel() // input.size(1))
-    took = []
-    with torch.inference_mode():
-        for _ in range(PAIRS):
-            took.append(_ms(lambda: many(input)) - _ms(lambda: few(input)))
+    took = [timed(many, input) - timed(few, input) for _ in range(PAIRS)]
     torch.set_num_threads(threads)
     return threads * added / statistics.median(took)
 
 
-def _sparse_layer(channels: int, convolves: bool, density: float) -> MaskedConv2d | MaskedLinear:
-    layer: MaskedConv2d | MaskedLinear
+def _forward(layer: Layer, input: Tensor) -> float:
+    with torch.inference_mode():
+        return _ms(lambda: layer(input))
+
+
+def _backward(layer: Layer, input: Tensor) -> float:
+    layer.weight.grad = None
+    output = layer(input.detach().requires_grad_())
+    grad_output = torch.ones_like(output)
+    return _ms(lambda: output.backward(grad_output))
+
+
+def _sparse_layer(channels: int, convolves: bool, density: float) -> Layer:
+    layer: Layer
     if convolves:
         layer = MaskedConv2d(channels, 512, 3, padding=1, bias=False)
     else:
