@@ -64,6 +64,19 @@ def test_linear(rows, dtype):
     assert_equal_one_by_one(layer, torch.randn(rows, 150, dtype=dtype))
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_one_channel_whose_stride_means_nothing(kernel):
+    torch.manual_seed(0)
+    layer = sparse(MaskedConv2d(8, 1, kernel, padding=kernel // 2, bias=False), 0.5)
+    layer = layer.to(memory_format=torch.channels_last)
+    input = torch.randn(2, 8, 20, 20)
+    assert_equal_one_by_one(layer, input)
+    of_two_channels = torch.randn(2, 2, 20, 20)[:, ::2]
+    both = gradients(layer, input, of_two_channels, of_input=True, of_weight=True)
+    expected = gradients(layer, input, of_two_channels.clone(), of_input=True, of_weight=True)
+    torch.testing.assert_close(both, expected)
+
+
 def test_many_more_rows_than_parts():
     torch.manual_seed(0)
     layer = sparse(MaskedLinear(40, 30, bias=False), 0.2)

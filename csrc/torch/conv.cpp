@@ -26,10 +26,8 @@ void convolve(const Tensor& target, const Tensor& input, const float* values, co
   const cpu::StencilEntries entries = entries_of(index, work, values);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   check_size(target, "target", shape.batch, shape.out_channels, shape.output());
-  const ImageView source = view_of(input, "input", in_place || is_pointwise(shape));
-  const ImageView result = view_of(target, "target", in_place || is_pointwise(shape));
-  check_planes(source, shape, in_place, "input");
-  check_planes(result, shape, in_place, "target");
+  const ImageView source = view_for(input, "input", shape, in_place);
+  const ImageView result = view_for(target, "target", shape, in_place);
   const float* biases = nullptr;
   if (bias.has_value()) {
     check_contiguous(*bias, ScalarType::Float, "bias", "float32");

@@ -46,10 +46,8 @@ Tensor input_gradient(const Tensor& input, const Tensor& grad_output, const floa
   const cpu::StencilEntries entries = entries_of(index, work, values);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   InputGradient result(input, shape);
-  const ImageView source = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
-  const ImageView target = view_of(result.written, "gradient", in_place || is_pointwise(shape));
-  check_planes(source, shape, in_place, "grad_output");
-  check_planes(target, shape, in_place, "gradient");
+  const ImageView source = view_for(grad_output, "grad_output", shape, in_place);
+  const ImageView target = view_for(result.written, "gradient", shape, in_place);
   cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
                    TorchThreads(time_of(shape, entries_in(index))));
   return result.finished();
@@ -97,10 +95,8 @@ Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Te
   const Work work = work_of(shape, Direction::kForward, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, nullptr);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
-  const ImageView source = view_of(input, "input", in_place || is_pointwise(shape));
-  const ImageView factor = view_of(grad_output, "grad_output", in_place || is_pointwise(shape));
-  check_planes(source, shape, in_place, "input");
-  check_planes(factor, shape, in_place, "grad_output");
+  const ImageView source = view_for(input, "input", shape, in_place);
+  const ImageView factor = view_for(grad_output, "grad_output", shape, in_place);
   check_entries(index, known);
   const int64_t count = known.positions.numel();
   const WeightSums found(known, work.plan);
@@ -113,8 +109,8 @@ Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Te
 // the products into the order of the weights.
 bool are_computed_at_once(const ConvShape& shape, const Tensor& input, bool in_place) {
   constexpr int64_t kFewPixels = 64;
-  return shape.batch * shape.input.h * shape.input.w >= kFewPixels &&
-         (!in_place || has_planes(view_of(input, "input", true), shape));
+  if (shape.batch * shape.input.h * shape.input.w < kFewPixels) return false;
+  return !in_place || (is_evenly_spaced(input) && has_planes(input, view_of(input, "input", true), shape));
 }
 
 // Those of the input and of the weight, from an index for the input's and its values.
@@ -127,13 +123,9 @@ std::vector<Tensor> both_gradients(const Tensor& weight, const Tensor& grad_outp
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   check_entries(index, known);
   InputGradient result(input, shape);
-  const bool flat = in_place || is_pointwise(shape);
-  const ImageView source = view_of(grad_output, "grad_output", flat);
-  const ImageView factor = view_of(input, "input", flat);
-  const ImageView target = view_of(result.written, "gradient", flat);
-  check_planes(source, shape, in_place, "grad_output");
-  check_planes(factor, shape, in_place, "input");
-  check_planes(target, shape, in_place, "gradient");
+  const ImageView source = view_for(grad_output, "grad_output", shape, in_place);
+  const ImageView factor = view_for(input, "input", shape, in_place);
+  const ImageView target = view_for(result.written, "gradient", shape, in_place);
   const int64_t count = known.positions.numel();
   const WeightSums found(known, work.plan);
   cpu::differentiate_stencil(work.stencil, work.plan, entries, ranks_of(index), count, source, factor, target,

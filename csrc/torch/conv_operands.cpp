@@ -49,14 +49,16 @@ ImageView view_of(const Tensor& tensor, const char* name, bool pointwise) {
   return view;
 }
 
-bool has_planes(const ImageView& view, const ConvShape& shape) {
+bool has_planes(const Tensor& tensor, const ImageView& view, const ConvShape& shape) {
   return view.element == cpu::Element::kFloat32 && view.y_stride == 1 &&
-         view.channel_stride == shape.input.h * shape.input.w;
+         (tensor.size(1) == 1 || view.channel_stride == shape.input.h * shape.input.w);
 }
 
-void check_planes(const ImageView& view, const ConvShape& shape, bool in_place, const char* name) {
-  STD_TORCH_CHECK(!in_place || has_planes(view, shape), name,
+ImageView view_for(const Tensor& tensor, const char* name, const ConvShape& shape, bool in_place) {
+  const ImageView view = view_of(tensor, name, in_place || is_pointwise(shape));
+  STD_TORCH_CHECK(!in_place || has_planes(tensor, view, shape), name,
                   ": expected contiguous float32 planes, to be read in place");
+  return view;
 }
 
 void check_size(const Tensor& tensor, const char* name, int64_t batch, int64_t channels, Pair size) {

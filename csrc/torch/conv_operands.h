@@ -27,10 +27,11 @@ bool is_evenly_spaced(const Tensor& tensor);
 // (batch, channels, h, w), or (pixels, channels) for a linear layer.
 ImageView view_of(const Tensor& tensor, const char* name, bool pointwise);
 
-// Whether the planes of a view can be read in place.
-bool has_planes(const ImageView& view, const ConvShape& shape);
+// Whether the planes of a tensor can be read in place. Where there is but one, its stride means nothing.
+bool has_planes(const Tensor& tensor, const ImageView& view, const ConvShape& shape);
 
-void check_planes(const ImageView& view, const ConvShape& shape, bool in_place, const char* name);
+// As the kernels want it, which may be in place.
+ImageView view_for(const Tensor& tensor, const char* name, const ConvShape& shape, bool in_place);
 
 void check_size(const Tensor& tensor, const char* name, int64_t batch, int64_t channels, Pair size);
 
