@@ -61,7 +61,7 @@ void correlate_stencil(const Stencil& s, const Plan& plan, const StencilEntries&
   float* sums = is_whole ? gradient : partial;
   parallel.for_each(parts, [&](int64_t part) { std::fill_n(sums + part * count, count, 0.0f); });
   for_each_part(s, plan, parallel, [&](int64_t part, int64_t unit, Rows rows) {
-    correlate_unit(s, plan, entries, source, target, unit, rows, sums + part * count);
+    correlate_unit(s, plan, entries, source, {target, sums + part * count}, unit, rows);
   });
   if (!is_whole) add_parts(partial, parts, count, rank, gradient, parallel);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/conv_factors.h"
 #include "cpu/conv_units.h"
 #include "cpu/slab.h"
 #include "cpu/stencil.h"
@@ -10,9 +11,8 @@
 
 namespace granet::cpu {
 
-// sums[e], in the order of the values, += the sum over the unit's positions of target * source for each entry e of the
-// rows.
+// For the entries of the rows, over the unit's positions.
 void correlate_unit(const Stencil& stencil, const Plan& plan, const StencilEntries& entries, const ImageView& source,
-                    const ImageView& target, int64_t unit, Rows rows, float* sums);
+                    const Correlated& with, int64_t unit, Rows rows);
 
 }  // namespace granet::cpu

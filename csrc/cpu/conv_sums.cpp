@@ -4,7 +4,6 @@
 #include <optional>
 #include <vector>
 
-#include "common/bits.h"
 #include "cpu/shifts.h"
 
 namespace granet::cpu {
@@ -72,35 +71,6 @@ void sum_tile(const Plan& plan, SumTile tile, int64_t vectors) {
   }
 }
 
-// Those of a tile in place.
-class FactorsInPlace {
- public:
-  FactorsInPlace(const Correlated& with, const Plan& plan, Rows rows, const ScratchScope& scratch)
-      : view_(from_channel(with.factor, rows.first)), gradient_(with.gradient), plan_(plan), rows_(rows) {
-    if (gradient_ != nullptr) rest_ = take_floats(scratch, rows.count * plan.tile * plan.vector);
-  }
-
-  Factors of(const TileInPlace& tile, const std::optional<TileInPlace>& after) const {
-    if (gradient_ == nullptr) return {};
-    const float* next = after.has_value() ? after->in<const float>(view_) : nullptr;
-    const auto* own = tile.in<const float>(view_);
-    if (tile.repeated == 0) return {own, plan_.plane, next, gradient_};
-    const int64_t width = plan_.tile * plan_.vector;
-    for (int64_t row = 0; row < rows_.count; ++row) {  // without what the tile before has counted
-      std::fill_n(rest_ + row * width, tile.repeated, 0.0f);
-      std::copy_n(own + row * plan_.plane + tile.repeated, width - tile.repeated, rest_ + row * width + tile.repeated);
-    }
-    return {rest_, width, nullptr, gradient_};
-  }
-
- private:
-  ImageView view_;
-  float* gradient_;
-  const Plan& plan_;
-  Rows rows_;
-  float* rest_ = nullptr;
-};
-
 void sum_in_place(const Sums& what, const Correlated& with, int64_t index, Rows rows) {
   const Plan& plan = what.plan;
   const Stencil& s = what.stencil;
@@ -133,22 +103,6 @@ void sum_in_place(const Sums& what, const Correlated& with, int64_t index, Rows 
   }
 }
 
-// A tensor like the target, in the order of the sums.
-Factors packed_factors(const Sums& what, const Correlated& with, const Unit& unit, Rows rows,
-                       const ScratchScope& scratch) {
-  if (with.gradient == nullptr) return {};
-  const Pair spread = what.stencil.spread;
-  const int64_t plane = (ceil_div(unit.positions, kLine) | 1) * kLine;
-  std::vector<Phase> phases;
-  for (int64_t p = 0; p < spread.h * spread.w; ++p) {
-    const Pair phase = {p / spread.w, p % spread.w};
-    phases.push_back({target_runs(what.stencil, what.plan, unit, phase, plane, with.factor), p * plane});
-  }
-  float* factors = take_floats(scratch, rows.count * spread.h * spread.w * plane);
-  pack(phases, from_channel(with.factor, rows.first), rows.count, spread.h * spread.w * plane, factors);
-  return {factors, plane, nullptr, with.gradient};
-}
-
 void sum_packed(const Sums& what, const Correlated& with, int64_t index, Rows rows) {
   const Plan& plan = what.plan;
   const Stencil& s = what.stencil;
@@ -159,7 +113,7 @@ void sum_packed(const Sums& what, const Correlated& with, int64_t index, Rows ro
   float* slab = take_floats(scratch, s.channels * s.phases() * plan.plane);
   float* sums = take_floats(scratch, rows.count * phases * width);
   pack_source(s, plan, unit, what.source, slab);
-  const Factors factors = packed_factors(what, with, unit, rows, scratch);
+  const Factors factors = packed_factors(s, plan, with, unit, rows, scratch);
   std::vector<Runs> runs;
   for (int64_t p = 0; p < phases; ++p) {
     runs.push_back(target_runs(s, plan, unit, {p / s.spread.w, p % s.spread.w}, unit.positions, what.target));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/conv_factors.h"
 #include "cpu/conv_units.h"
 #include "cpu/slab.h"
 #include "cpu/stencil.h"
@@ -19,13 +20,6 @@ struct Sums {
   const float* bias;  // or null
   Finish finish;
   ImageView target;
-};
-
-// gradient[e], in the order of the values, += the sum over all positions of factor * source for each entry e. The
-// factor is a tensor like the target. No gradient: none is wanted.
-struct Correlated {
-  ImageView factor;
-  float* gradient;
 };
 
 void sum_unit(const Sums& what, const Correlated& with, int64_t unit, Rows rows);

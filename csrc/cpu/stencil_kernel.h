@@ -225,12 +225,12 @@ void sum_with_factors(const SumTile& task) {
   const bool fetches = task.factors.next != nullptr && task.block + 1 == task.blocks;
   const auto add = [slab = task.slab, shifts = task.shifts, factors = task.factors, fetches,
                     first_row = task.first_row](int64_t row, const RowEntries& entries, Floats(&sum)[kTile]) {
-    const int64_t at = (row - first_row) * factors.plane;
-    if (fetches) prefetch_tile<kTile>(factors.next + at);
+    const float* own = factors.data + (row - first_row) * factors.plane;
+    if (fetches) prefetch_tile<kTile>(factors.next + (row - first_row) * factors.next_plane);
     Floats running[kTile], factor[kTile];
     for (int t = 0; t < kTile; ++t) {
       running[t] = sum[t];
-      factor[t] = load(factors.data + at + t * kLanes);
+      factor[t] = load(own + t * kLanes);
     }
     const auto product = [&](int64_t e) {
       const Tile tile(slab, shifts, entries.offset[e]);
@@ -244,7 +244,7 @@ void sum_with_factors(const SumTile& task) {
       return products;
     };
     float* gradients = factors.gradient + entries.first;
-    int64_t e = 0;
+    int64_t e = 0;  // not a function that correlate_tile shares: what `product` adds to would be stored for every entry
     for (; e + 4 <= entries.count; e += 4) {
       const Floats a = product(e), b = product(e + 1), c = product(e + 2), d = product(e + 3);
       store_four(gradients + e, load_four(gradients + e) + sums_of_lanes(a, b, c, d));
@@ -261,6 +261,8 @@ void sum_with_factors(const SumTile& task) {
 template <int kTile, typename Tile>
 void correlate_tile(const CorrelateTile& task) {
   const BlockEntries entries(task.entries, task.block);
+  const Factors& factors = task.factors;
+  const bool fetches = factors.next != nullptr && task.block + 1 == task.blocks;
   const auto product = [&](const Floats* factor, int32_t offset) {
     const Tile source(task.slab, task.shifts, offset);
     Floats sum = factor[0] * source[0];
@@ -273,11 +275,11 @@ void correlate_tile(const CorrelateTile& task) {
     const int64_t count = entries.count(row);
     if (count == 0) continue;
     const int32_t* offset = entries.offset + entries.begin[row];
-    float* gradients = task.gradient + entries.first[row];
-    const float* target = task.target + (row - task.first_row) * task.plane;
-    if (task.next_target != nullptr) prefetch_tile<kTile>(task.next_target + (row - task.first_row) * task.plane);
+    float* gradients = factors.gradient + entries.first[row];
+    const float* own = factors.data + (row - task.first_row) * factors.plane;
+    if (fetches) prefetch_tile<kTile>(factors.next + (row - task.first_row) * factors.next_plane);
     Floats factor[kTile];
-    for (int t = 0; t < kTile; ++t) factor[t] = load(target + t * kLanes);
+    for (int t = 0; t < kTile; ++t) factor[t] = load(own + t * kLanes);
     int64_t e = 0;
     for (; e + 4 <= count; e += 4) {
       const Floats a = product(factor, offset[e]), b = product(factor, offset[e + 1]),

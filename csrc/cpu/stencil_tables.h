@@ -65,9 +65,13 @@ struct Next {
 struct Factors {
   const float* data;  // at the tile's first position; null: there are none
   int64_t plane;      // floats from one row to the next
-  const float* next;  // those of the tile that SumTile::next is of, or null
   float* gradient;
-  Factors from(int64_t position) const { return {data == nullptr ? nullptr : data + position, plane, next, gradient}; }
+  const float* next;   // those of the tile that SumTile::next is of, or null
+  int64_t next_plane;  // floats from one row of these to the next
+
+  Factors from(int64_t position) const {
+    return {data == nullptr ? nullptr : data + position, plane, gradient, next, next_plane};
+  }
 };
 
 // sums[row - first_row] (tile vectors) += the entries of one block of channels times the slab, for rows
@@ -89,20 +93,17 @@ struct SumTile {
   DirectTarget direct;
 };
 
-// gradient[e], in the order of the values, += the sum over a tile of target[(row - first_row) * plane + …] *
-// slab[offset[e] + …], for rows [first_row, last_row).
+// Only what the factors add to, for rows [first_row, last_row).
 struct CorrelateTile {
   StencilEntries entries;
   const float* slab;    // at the tile's first position
-  const float* target;  // there as well
   const Shift* shifts;  // as above
   Next next;
-  const float* next_target;  // of the tile that `next` is of
-  int64_t plane;             // floats from one row of target to the next
+  Factors factors;
   int64_t block;
+  int64_t blocks;
   int64_t first_row;
   int64_t last_row;
-  float* gradient;
 };
 
 // Indexed by the number of vectors in a tile.
