@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from granet.commands.flags import add_flags, flags_given
+from granet.training import build
 from granet.training.config import (
     GROUPS,
     TrainConfig,
@@ -208,3 +209,18 @@ def test_what_may_differ_when_a_run_is_resumed() -> None:
     ]
     dense = TrainConfig(method="dense")
     assert resume_conflicts(dense, dataclasses.replace(dense, sparsity=0.5)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "argument"),
+    [
+        ({"init_sparsity": 0.0}, "initial_sparsity"),
+        ({"floor": 0}, "floor"),
+        ({"drop_fraction": 0.0}, "drop_fraction"),
+        ({"method": "rigl", "update_until": 0}, "update_until"),
+        ({"method": "one-shot", "prune_at": 0}, "prune_at"),
+    ],
+)
+def test_a_zero_on_the_command_line_is_a_value(fields: dict[str, object], argument: str) -> None:
+    arguments = build._method_arguments(TrainConfig(**fields), 1000)
+    assert arguments[argument] == 0

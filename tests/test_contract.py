@@ -1,6 +1,7 @@
-"""What holds for every method in real training: resuming, scalers, accumulation, optimizers, copies.
+"""What holds for every method in real training: resuming, scalers, accumulation, starts, odd models.
 
-Several processes are in ``test_ddp.py`` and ``test_fsdp.py``.
+Weights, states and averages are in ``test_contract_states.py``, several processes in ``test_ddp.py`` and
+``test_fsdp.py``.
 """
 
 from __future__ import annotations
@@ -8,84 +9,33 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from granet import METHODS, GraNet
-from granet.engine import Sparsifier
-from granet.methods import SET, OneShot, RigL, StaticRandom
+from granet.methods import SET, OneShot, StaticRandom
 from granet.monitor import TopologyMonitor
-from granet.schedules import Constant
-from granet_kernels import MaskedLinear, MaskedSGD, masked_layers, sparsify, use_backend
+from granet_kernels import MaskedLinear, MaskedSGD, sparsify
+from tests.contract_parts import (  # noqa: F401
+    OPTIMIZERS,
+    SETTINGS,
+    STEPS,
+    Optimizer,
+    backward,
+    batch,
+    masks,
+    network,
+    reference_backend,
+    same_masks,
+    sgd,
+    train,
+)
 
-STEPS = 24
-SETTINGS: dict[str, Any] = {"sparsity": 0.8, "total_steps": STEPS, "update_every": 4}
-Optimizer = torch.optim.Optimizer
-
-
-@pytest.fixture(autouse=True)
-def reference_backend() -> Iterator[None]:
-    with use_backend("reference"):
-        yield
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(54, 9),
-        nn.Linear(9, 4),
-    )
-    return sparsify(model).to(dtype)
-
-
-def sgd(model: nn.Module) -> Optimizer:
-    return MaskedSGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-
-
-def batch(step: int, dtype: torch.dtype = torch.float32, size: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randn(size, 2, 5, 5, generator=generator, dtype=torch.float64)
-    return images.to(dtype), torch.randint(4, (size,), generator=generator)
-
-
-def backward(model: nn.Module, step: int) -> None:
-    images, labels = batch(step)
-    nn.functional.cross_entropy(model(images), labels).backward()
-
-
-def train(
-    model: nn.Module,
-    optimizer: Optimizer,
-    sparsifier: Sparsifier,
-    start: int = 0,
-    stop: int = STEPS,
-) -> None:
-    for step in range(start, stop):
-        backward(model, step)
-        optimizer.step()
-        sparsifier.step()
-        optimizer.zero_grad()
-
-
-def masks(sparsifier: Sparsifier) -> dict[str, Tensor]:
-    return {name: layer.mask for name, layer in sparsifier.layers.items()}
-
-
-def same_masks(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(mask, right[name]) for name, mask in left.items())
-
-
-# --- 1: resuming ----------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "granet": {"update_every": 4, "initial_sparsity": 0.5},
@@ -156,41 +106,7 @@ def _equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-# --- 2: skipped steps, scores that are not finite -------------------------------------------------
-
-OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
-    "MaskedSGD": sgd,
-    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True),
-    "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-2, amsgrad=True),
-    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, foreach=True),
-    "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3, momentum=0.9, centered=True),
-    "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-2),
-    "Lamb": lambda m: Lamb(m.parameters(), lr=1e-2),
-}
-
-
-class Lamb(Optimizer):
-    """LAMB (You et al., 2020), as a third party would write it: no hooks, states of its own names."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state[param]
-                if not state:
-                    state |= {"m": torch.zeros_like(param), "v": torch.zeros_like(param), "t": 0}
-                state["t"] += 1
-                state["m"].lerp_(param.grad, 0.1)
-                state["v"].lerp_(param.grad.square(), 0.001)
-                first, second = 1 - 0.9 ** state["t"], 1 - 0.999 ** state["t"]
-                update = state["m"] / first / ((state["v"] / second).sqrt() + 1e-6)
-                update += 0.01 * param
-                trust = param.norm() / update.norm()
-                trust = torch.where(trust > 0, trust, 1.0).nan_to_num(nan=1.0, posinf=1.0)
-                param -= group["lr"] * trust * update
+# --- skipped steps, scores that are not finite -----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["MaskedSGD", "SGD", "AdamW"])
@@ -246,7 +162,7 @@ def test_scores_that_are_not_finite_postpone_an_update(
     assert all(torch.isfinite(layer.weight).all() for layer in sparsifier.layers.values())
 
 
-# --- 3: accumulation ------------------------------------------------------------------------------
+# --- accumulation ----------------------------------------------------------------------------------
 
 
 def test_growth_scores_are_the_gradient_of_the_whole_accumulated_batch() -> None:
@@ -271,158 +187,7 @@ def test_growth_scores_are_the_gradient_of_the_whole_accumulated_batch() -> None
     assert same_masks(*results)
 
 
-# --- 4: optimizers --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("regrown", ["keep", "zero", "layer_mean"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_inactive_weights_and_states_are_zero_after_every_step(name: str, regrown: str) -> None:
-    model = network()
-    optimizer = OPTIMIZERS[name](model)
-    sparsifier = GraNet(
-        model,
-        optimizer,
-        initial_sparsity=0.5,
-        regrown=regrown,  # type: ignore[arg-type]
-        **SETTINGS,
-    )
-    for step in range(STEPS):
-        train(model, optimizer, sparsifier, step, step + 1)
-        for layer in sparsifier.layers.values():
-            inactive = ~layer.mask
-            assert not layer.weight[inactive].any()
-            for key, state in optimizer.state[layer.weight].items():
-                if torch.is_tensor(state) and state.shape == layer.weight.shape:
-                    assert not state[inactive].any(), (step, key)
-    assert sum(sparsifier.active_counts()) == sparsifier.target_active
-
-
-@pytest.mark.parametrize("regrown", ["keep", "zero", "layer_mean"])
-def test_regrown_weights_start_as_their_policy_says(regrown: str) -> None:
-    model = network()
-    optimizer = sgd(model)
-    sparsifier = RigL(
-        model,
-        optimizer,
-        regrown=regrown,  # type: ignore[arg-type]
-        drop_fraction=Constant(value=1.0),  # all are dropped, so many of them grow again at once
-        **SETTINGS,
-    )
-    train(model, optimizer, sparsifier, 0, 3)
-    backward(model, 3)
-    optimizer.step()
-    layer = sparsifier.layers["4"]
-    before, weight = layer.mask, layer.weight.detach().clone()
-    momentum = optimizer.state[layer.weight]["momentum_buffer"].clone()
-    assert sparsifier.step()
-    again, new = before & layer.mask, layer.mask & ~before
-    assert again.any()
-    assert new.any()
-    state = optimizer.state[layer.weight]["momentum_buffer"]
-    assert not layer.weight[new].any()
-    if regrown == "zero":
-        assert not layer.weight[again].any()
-        assert not state[layer.mask].any()
-    else:
-        assert torch.equal(layer.weight[again], weight[again])
-        assert torch.equal(state[again], momentum[again])
-    if regrown == "keep":
-        assert not state[new].any()
-    if regrown == "layer_mean":
-        torch.testing.assert_close(state[new], momentum[again].mean().expand_as(state[new]))
-
-
-@pytest.mark.parametrize("regrown", ["keep", "zero"])
-def test_the_first_steps_of_a_regrown_weight_are_not_inflated_under_adam(regrown: str) -> None:
-    """From a second moment of zero its first step would be 0.1 / sqrt(0.001), three times too long."""
-    lr = 1e-3
-    model = network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    sparsifier = RigL(
-        model, optimizer, sparsity=0.8, total_steps=300, update_every=100, regrown=regrown
-    )  # type: ignore[arg-type]
-    train(model, optimizer, sparsifier, 0, 99)
-    for state in optimizer.state.values():  # as after a long run, when the correction has worn off
-        state["exp_avg_sq"] /= 1 - 0.999**99
-        state["step"].fill_(10_000)
-    before = masks(sparsifier)
-    train(model, optimizer, sparsifier, 99, 100)
-    grown = {name: layer.mask & ~before[name] for name, layer in sparsifier.layers.items()}
-    weights = {name: layer.weight.detach().clone() for name, layer in sparsifier.layers.items()}
-    train(model, optimizer, sparsifier, 100, 101)
-    steps = torch.cat(
-        [
-            (layer.weight - weights[name])[grown[name]].abs() / lr
-            for name, layer in sparsifier.layers.items()
-        ]
-    )
-    assert len(steps) > 5
-    assert steps.median() < 1
-    assert steps.max() < 2
-
-
-# --- 5: copies that follow ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["ema", "swa", "ema-buffers"])
-def test_averages_of_the_weights_follow_the_masks(kind: str) -> None:
-    model = network()
-    optimizer = sgd(model)
-    sparsifier = GraNet(model, optimizer, initial_sparsity=0.5, **SETTINGS)
-    average = {
-        "ema": lambda: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
-        "swa": lambda: AveragedModel(model),
-        "ema-buffers": lambda: AveragedModel(
-            model, avg_fn=lambda old, new, _: old.lerp(new, 0.5) if old.is_floating_point() else new,
-            use_buffers=True,
-        ),
-    }[kind]()  # fmt: skip
-    sparsifier.follow(average)
-    for step in range(STEPS):
-        train(model, optimizer, sparsifier, step, step + 1)
-        average.update_parameters(model)
-        for name, layer in masked_layers(average).items():
-            mask = sparsifier.layers[name.removeprefix("module.")].mask
-            assert torch.equal(layer.mask, mask)
-            assert not layer.weight[~mask].any()
-    assert sum(int(m.weight.count_nonzero()) for m in masked_layers(average).values()) <= (
-        sparsifier.target_active
-    )
-    with pytest.raises(ValueError, match="model: expected a copy with the masked layers 0, 4, 5"):
-        sparsifier.follow(sparsify(nn.Linear(3, 3)))
-
-
-def test_averages_of_the_optimizers_step_follow_the_masks() -> None:
-    """Through updates that drop and regrow: as torch averages beside it, and zero where a mask is."""
-    model = network()
-    optimizer = MaskedSGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    sparsifier = GraNet(model, optimizer, initial_sparsity=0.5, **SETTINGS)
-    average = copy.deepcopy(model)
-    optimizer.average_into(average.parameters(), decay=0.9)
-    sparsifier.follow(average)
-    expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    expected.update_parameters(model)  # the first time it is a copy
-    updates = 0
-    for step in range(STEPS):
-        before = masks(sparsifier)
-        backward(model, step)
-        optimizer.step()
-        expected.update_parameters(model)
-        sparsifier.step()
-        optimizer.zero_grad()
-        updates += not same_masks(before, masks(sparsifier))
-        for name, layer in masked_layers(average).items():
-            mask = sparsifier.layers[name].mask
-            assert torch.equal(layer.mask, mask)
-            assert not layer.weight[~mask].any()
-            with torch.no_grad():  # a regrown weight's average starts from zero
-                expected.module.get_parameter(f"{name}.weight")[~(mask & before[name])] = 0.0
-        for mine, theirs in zip(average.parameters(), expected.module.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs)
-    assert updates > 1
-
-
-# --- 6: where a run starts, and where masks stop --------------------------------------------------
+# --- where a run starts, and where masks stop ------------------------------------------------------
 
 
 def test_from_a_dense_checkpoint() -> None:
@@ -475,7 +240,7 @@ def test_a_frozen_topology_stays_and_is_saved_as_such() -> None:
     assert not any(layer.dense_grad for layer in again[2].layers.values())
 
 
-# --- 10: models that are not as usual -------------------------------------------------------------
+# --- models that are not as usual ------------------------------------------------------------------
 
 
 def test_tied_weights_have_one_mask_and_are_counted_once() -> None:
