@@ -156,6 +156,5 @@ class Training:
         masks = [layer.packed_mask for layer in self.layers]
         momenta = [self.optimizer.momentum_of(weight) for weight in weights]
         with torch.no_grad():
-            OPS.prune_(weights, masks, self.k, momenta)
             grads = [weight.grad for weight in weights]
-            OPS.drop_regrow_(weights, masks, grads, self.fraction, momenta)
+            OPS.prune_drop_regrow_(weights, masks, grads, self.k, self.fraction, momenta)

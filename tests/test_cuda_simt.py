@@ -18,6 +18,7 @@ FILES = (
     "tests/test_mask.py",
     "tests/test_sgd.py",
     "tests/test_select.py",
+    "tests/test_update_operator.py",
     "tests/test_operators.py",
     "tests/cuda_host_run.py",
     "tests/cuda_select.py",

@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mask", "sgd", "select"])
+@pytest.mark.parametrize("family", ["mask", "sgd", "select", "update_operator"])
 def test_the_operators_tests(family, backend):
     """The same bodies, with tensors made on the GPU."""
     chosen = {"GRANET_TEST_DEVICE": GPU, "GRANET_TEST_BACKENDS": backend}

@@ -12,6 +12,7 @@ FILES = (
     "tests/test_mask.py",
     "tests/test_sgd.py",
     "tests/test_select.py",
+    "tests/test_update_operator.py",
     "tests/test_operators.py",
     "tests/triton_interpreted.py",
     "tests/triton_accounts.py",

@@ -10,13 +10,13 @@ from bench.cpu.race import Contender, Run, whole
 from bench.cpu.targets import UPDATE
 from bench.cpu.tensors import Tensors, make_tensors
 from bench.published import Edition, PublishedMasking
-from granet_kernels import drop_regrow_, prune_
+from granet_kernels import prune_drop_regrow_
 
 SECONDS = 8.0
 MEASURE = "update"
 # One update in the middle of a ramp: from here to there, with the paper's drop fraction.
 SPARSITY_BEFORE, SPARSITY_AFTER, DROP_FRACTION = 0.85, 0.9, 0.5
-PUBLISHED, OURS = "published update", "prune_ + drop_regrow_"
+PUBLISHED, OURS = "published update", "prune_drop_regrow_"
 EDITIONS: tuple[Edition, ...] = ("cifar", "imagenet")
 
 
@@ -39,7 +39,7 @@ def published(tensors: Tensors, edition: Edition) -> Run:
 
 
 def ours(tensors: Tensors) -> Run:
-    """The two operators that an engine's update calls, on weights and momentum."""
+    """The operator that an engine's update calls, on weights and momentum."""
     weights = [weight.clone() for weight in tensors.weights]
     saved_momenta = tensors.momenta()
     momenta = [momentum.clone() for momentum in saved_momenta]
@@ -53,8 +53,7 @@ def ours(tensors: Tensors) -> Run:
         torch._foreach_copy_(momenta, saved_momenta)
 
     def update() -> None:
-        prune_(weights, masks, k, momenta=momenta)
-        drop_regrow_(weights, masks, tensors.grads, DROP_FRACTION, momenta=momenta)
+        prune_drop_regrow_(weights, masks, tensors.grads, k, DROP_FRACTION, momenta=momenta)
 
     return whole(MEASURE, update, reset)
 
@@ -81,7 +80,7 @@ def test_update(threads, effort, race, ledger):
             sparsity=SPARSITY_AFTER,
             baseline=f"{PUBLISHED}, {edition}",
             ours=OURS,
-            operator="drop_regrow_",
+            operator="prune_drop_regrow_",
             target=None if effort.quick else UPDATE,
         )
         ledger += [row] if row else []

@@ -10,6 +10,7 @@
 #include "cpu/mask.h"
 #include "cpu/scratch.h"
 #include "cpu/select_choose.h"
+#include "cpu/select_nested.h"
 #include "cpu/select_table.h"
 
 namespace granet::cpu {
@@ -87,14 +88,16 @@ int64_t bytes_of(int64_t numel, int64_t first, int64_t count) {
 size_t item_size_log2(FloatType type) { return type == FloatType::kFloat64 ? 3 : type == FloatType::kFloat32 ? 2 : 1; }
 
 // Writes the mask's bits of the elements [first, first + count), with new_word(byte) for the word at a byte of it, and
-// +0.0 in weight and momentum where that changes them. `same` is room for a mask.
+// +0.0 in weight and momentum of what it has lost or gained: all but what is in `stays`, a mask, and in the new one.
+// `same` is room for a mask, and may be `stays`.
 template <typename NewWord>
-void set_mask(const MaskedWeight& weight, int64_t first, int64_t count, uint8_t* same, const NewWord& new_word) {
+void set_mask(const MaskedWeight& weight, int64_t first, int64_t count, const uint8_t* stays, uint8_t* same,
+              const NewWord& new_word) {
   const int64_t begin = first / kWeightsPerByte;
   const int64_t end = begin + bytes_of(weight.numel, first, count);
   for (int64_t byte = begin; byte < end; byte += static_cast<int64_t>(sizeof(uint64_t))) {
     const uint64_t now = new_word(byte);
-    store_word(same + byte, ~(now ^ load_word(weight.mask + byte)));
+    store_word(same + byte, (now & load_word(stays + byte)) | ~(now | load_word(weight.mask + byte)));
     store_word(weight.mask + byte, now);
   }
   table().zero[item_size_log2(weight.type)](weight.data, first, count, same);
@@ -103,36 +106,60 @@ void set_mask(const MaskedWeight& weight, int64_t first, int64_t count, uint8_t*
   }
 }
 
+Part magnitudes_of(const MaskedWeight& weight, uint8_t* chosen) {
+  return {weight.data, weight.type, weight.numel, weight.mask, false, chosen};
+}
+
+// Inside [0, 1]; NaN is not above 0.
+double share_of(double fraction) { return fraction > 0 ? std::min(fraction, 1.0) : 0.0; }
+
+int64_t left_of(int64_t active, double share) {
+  return active - static_cast<int64_t>(std::ceil(share * static_cast<double>(active)));
+}
+
+// What has been dropped is known: of `before`, masks with active[i] bits, the weights in `kept` are left, as many as
+// left_of() says. Regrows the others, and writes.
+template <typename Before>
+void regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, const Before& before,
+            std::span<const int64_t> active, const Masks<MaskedWeight>& kept, double share, Scratch& scratch,
+            const Parallel& parallel) {
+  const Masks regrown(weights, scratch);
+  std::vector<Part> gains;
+  std::vector<Group> groups;
+  for (int64_t i = 0; i < std::ssize(weights); ++i) {
+    const auto t = static_cast<size_t>(i);
+    const int64_t numel = weights[t].numel, left = left_of(active[t], share);
+    gains.push_back({scores[t].data, scores[t].type, numel, kept[i], true, regrown[i]});
+    groups.push_back({i, i + 1, numel - left, active[t] - left});
+  }
+  choose(
+      gains, groups, Rank::kGain,
+      [&](int64_t i, int64_t first, int64_t count) {
+        set_mask(weights[static_cast<size_t>(i)], first, count, before(i), regrown[i],
+                 [&](int64_t byte) { return load_word(kept[i] + byte) | load_word(regrown[i] + byte); });
+      },
+      scratch, parallel);
+}
+
 // Tensors of drop_regrow() are chosen from one by one, so they are worked on in batches of about so many elements: what
 // the passes read again, weights and masks, is then still in a last-level cache.
 constexpr int64_t kBatch = 1'000'000;
 
-// `share` is inside [0, 1].
 void drop_regrow_batch(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double share,
                        const Parallel& parallel) {
   const std::vector<int64_t> active = active_counts(weights, parallel);
   const ScratchScope scratch;
-  const Masks kept(weights, *scratch), regrown(weights, *scratch);
-  std::vector<Part> magnitudes, gains;
-  std::vector<Group> keep, regrow;
+  const Masks kept(weights, *scratch);
+  std::vector<Part> parts;
+  std::vector<Group> groups;
   for (int64_t i = 0; i < std::ssize(weights); ++i) {
-    const MaskedWeight& weight = weights[static_cast<size_t>(i)];
-    const Numbers& score = scores[static_cast<size_t>(i)];
-    const int64_t before = active[static_cast<size_t>(i)];
-    const auto dropped = static_cast<int64_t>(std::ceil(share * static_cast<double>(before)));
-    magnitudes.push_back({weight.data, weight.type, weight.numel, weight.mask, false, kept[i]});
-    keep.push_back({i, i + 1, before, before - dropped});
-    gains.push_back({score.data, score.type, weight.numel, kept[i], true, regrown[i]});
-    regrow.push_back({i, i + 1, weight.numel - (before - dropped), dropped});
+    const auto t = static_cast<size_t>(i);
+    parts.push_back(magnitudes_of(weights[t], kept[i]));
+    groups.push_back({i, i + 1, active[t], left_of(active[t], share)});
   }
-  choose(magnitudes, keep, Rank::kMagnitude, nullptr, *scratch, parallel);
-  choose(
-      gains, regrow, Rank::kGain,
-      [&](int64_t i, int64_t first, int64_t count) {
-        set_mask(weights[static_cast<size_t>(i)], first, count, regrown[i],
-                 [&](int64_t byte) { return load_word(kept[i] + byte) | load_word(regrown[i] + byte); });
-      },
-      *scratch, parallel);
+  choose(parts, groups, Rank::kMagnitude, nullptr, *scratch, parallel);
+  const auto before = [&](int64_t i) { return weights[static_cast<size_t>(i)].mask; };
+  regrow(weights, scores, before, active, kept, share, *scratch, parallel);
 }
 
 }  // namespace
@@ -143,13 +170,12 @@ void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, co
   const Masks kept(weights, *scratch);
   std::vector<Part> parts;
   for (int64_t i = 0; i < std::ssize(weights); ++i) {
-    const MaskedWeight& weight = weights[static_cast<size_t>(i)];
-    parts.push_back({weight.data, weight.type, weight.numel, weight.mask, false, kept[i]});
+    parts.push_back(magnitudes_of(weights[static_cast<size_t>(i)], kept[i]));
   }
   choose(
       parts, make_groups(k, active), Rank::kMagnitude,
       [&](int64_t i, int64_t first, int64_t count) {
-        set_mask(weights[static_cast<size_t>(i)], first, count, kept[i],
+        set_mask(weights[static_cast<size_t>(i)], first, count, kept[i], kept[i],
                  [&](int64_t byte) { return load_word(kept[i] + byte); });
       },
       *scratch, parallel);
@@ -157,7 +183,7 @@ void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, co
 
 void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double fraction,
                  const Parallel& parallel) {
-  const double share = fraction > 0 ? std::min(fraction, 1.0) : 0.0;  // NaN is not above 0
+  const double share = share_of(fraction);
   size_t begin = 0;
   int64_t numel = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -167,6 +193,26 @@ void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers>
     begin = i + 1;
     numel = 0;
   }
+}
+
+void prune_drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores,
+                       std::span<const int64_t> k, double fraction, std::span<uint8_t* const> pruned,
+                       const Parallel& parallel) {
+  const double share = share_of(fraction);
+  const std::vector<int64_t> active = active_counts(weights, parallel);
+  const ScratchScope scratch;
+  const Masks kept(weights, *scratch);
+  std::vector<Part> parts;
+  std::vector<uint8_t*> inner;
+  for (int64_t i = 0; i < std::ssize(weights); ++i) {
+    parts.push_back(magnitudes_of(weights[static_cast<size_t>(i)], pruned[static_cast<size_t>(i)]));
+    inner.push_back(kept[i]);
+  }
+  const std::vector<int64_t> left = choose_nested(
+      parts, active, make_groups(k, active), inner, [=](int64_t count) { return left_of(count, share); },
+      Rank::kMagnitude, *scratch, parallel);
+  const auto before = [&](int64_t i) { return pruned[static_cast<size_t>(i)]; };
+  regrow(weights, scores, before, left, kept, share, *scratch, parallel);
 }
 
 void topk_mask(std::span<const Numbers> scores, std::span<const int64_t> k, std::span<uint8_t* const> masks,

@@ -46,4 +46,9 @@ void topk_mask(std::span<const Numbers> scores, std::span<const int64_t> k, std:
 void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double fraction,
                  const Parallel& parallel);
 
+// prune() to k and then drop_regrow(), with fewer passes over memory. pruned[i]: the mask in between, written whole.
+void prune_drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores,
+                       std::span<const int64_t> k, double fraction, std::span<uint8_t* const> pruned,
+                       const Parallel& parallel);
+
 }  // namespace granet::cpu

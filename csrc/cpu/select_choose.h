@@ -40,4 +40,7 @@ using Done = std::function<void(int64_t part, int64_t first, int64_t count)>;
 void choose(std::span<const Part> parts, std::span<const Group> groups, Rank rank, const Done& done, Scratch& scratch,
             const Parallel& parallel);
 
+// Whether a format among them needs keys of 64 bits.
+bool needs_wide_keys(std::span<const Part> parts);
+
 }  // namespace granet::cpu

@@ -94,16 +94,17 @@ void fill(const Chunk<Key>& chunk, bool all) {
   pad(part, chunk.first + chunk.count);
 }
 
-// Chooses what is above the range; what is within becomes a candidate, or if the range is a single key is chosen too,
-// unless resolve() finds that there are too many. False if there is no room for the candidates.
+// Chooses what a split by `range` has counted and marked in chunk.chosen() and `within`: what is above; what is within
+// becomes a candidate, or if the range is a single key is chosen too, unless resolve() finds that there are too many.
+// False if there is no room for the candidates.
 template <typename Key>
-bool split(Chunk<Key>& chunk, const KeyKernels<Key>& kernels, KeyRange<Key> range, Candidates<Key>& candidates) {
-  ChunkBits within;
-  uint8_t* chosen = chunk.chosen();
-  chunk.split = kernels.split(chunk.slice(), range, chosen, within.data());
+bool take(Chunk<Key>& chunk, Split counts, const ChunkBits& within, KeyRange<Key> range, const KeyKernels<Key>& kernels,
+          Candidates<Key>& candidates) {
+  chunk.split = counts;
   pad(*chunk.part, chunk.first + chunk.count);
   chunk.candidates = {};
   if (range.is_single()) {
+    uint8_t* chosen = chunk.chosen();
     for (int64_t i = 0; i < ceil_div(chunk.count, kBlock) * kWordBytes; i += kWordBytes) {
       store_word(chosen + i, load_word(chosen + i) | load_word(within.data() + i));
     }
@@ -118,7 +119,9 @@ void limit_equal(const Chunk<Key>& chunk, const KeyKernels<Key>& kernels, KeyRan
   if (chunk.ties >= chunk.split.within) return;
   ChunkBits equal;
   uint8_t* chosen = chunk.chosen();
-  kernels.split(chunk.slice(), range, chosen, equal.data());
+  const Marks<Key> marks = {range, chosen, equal.data()};
+  Split counts;
+  kernels.split[0](chunk.slice(), &marks, &counts);
   int64_t left = chunk.ties;
   for (int64_t i = 0; left > 0; i += kWordBytes) {
     uint64_t bits = load_word(equal.data() + i), first = 0;

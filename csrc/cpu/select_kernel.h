@@ -128,21 +128,25 @@ struct Passes {
     }
   }
 
-  static Split split(const Slice& slice, KeyRange<Key> range, uint8_t* above, uint8_t* within) {
-    Split total = {0, 0};
-    const bool open = range.low == KeyTraits<Key>::kLowest;
+  template <int ranges>
+  static void split(const Slice& slice, const Marks<Key>* marks, Split* counts) {
+    Split totals[ranges] = {};
     for_each_block(slice, [&](int64_t place, uint64_t eligible, const Key* block) {
-      uint64_t high = 0, low = 0;
-      if (eligible != 0) {
-        high = greater_bits(block, range.high) & eligible;
-        low = (open ? eligible : greater_bits(block, static_cast<Key>(range.low - 1)) & eligible) & ~high;
+      for (int i = 0; i < ranges; ++i) {
+        const auto& [range, above, within] = marks[i];
+        uint64_t high = 0, low = 0;
+        if (eligible != 0) {
+          const bool open = range.low == KeyTraits<Key>::kLowest;
+          high = greater_bits(block, range.high) & eligible;
+          low = (open ? eligible : greater_bits(block, static_cast<Key>(range.low - 1)) & eligible) & ~high;
+        }
+        store_word(above + place / 8, high);
+        store_word(within + place / 8, low);
+        totals[i].above += ones(high);
+        totals[i].within += ones(low);
       }
-      store_word(above + place / 8, high);
-      store_word(within + place / 8, low);
-      total.above += ones(high);
-      total.within += ones(low);
     });
-    return total;
+    for (int i = 0; i < ranges; ++i) counts[i] = totals[i];
   }
 
   // The first kGatherAhead of a block are written whether they are there or not: a branch for each would be guessed
@@ -186,7 +190,7 @@ struct Passes {
     for (int64_t i = 0; i < kDigits; ++i) counts[i] += even[i] + odd[i];
   }
 
-  static constexpr KeyKernels<Key> kernels() { return {keys, split, gather, count}; }
+  static constexpr KeyKernels<Key> kernels() { return {keys, {split<1>, split<2>}, gather, count}; }
 };
 
 // Zeroing, one cache line (64 bytes, if the tensor begins at one) at a time.

@@ -106,38 +106,75 @@ std::vector<Key> sample_runs(std::span<const SampledRuns::Run> runs, const Kerne
   return sample;
 }
 
+// Order statistics of keys, from 1 at the largest, to within a digit of their range.
+template <typename Key>
+class RankedSample {
+ public:
+  // Of `keys`, at least one and less than 2^32.
+  explicit RankedSample(std::span<const Key> keys) : keys_(keys), digits_(range_of(keys)) {
+    for (const Key key : keys) ++counts_[static_cast<size_t>(digits_.digit(key))];
+  }
+
+  int64_t size() const { return std::ssize(keys_); }
+
+  // The keys that share the digit of the `rank`-th, all of one number if they are more than `most`: equal to it then.
+  struct Place {
+    KeyRange<Key> range;
+    int64_t count;
+  };
+  Place at(double rank, int64_t most) const {
+    const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(rank), 1, size());
+    const RankedDigit found = ranked_digit({&counts_, 1}, wanted);
+    const KeyRange<Key> part = digits_.part(found.digit);
+    if (found.equal <= most || part.is_single()) return {part, found.equal};
+    std::vector<Key> inside;
+    std::copy_if(keys_.begin(), keys_.end(), std::back_inserter(inside),
+                 [=](Key key) { return part.low <= key && key <= part.high; });
+    const std::vector<std::span<const Key>> lists = {inside};
+    const Ranked<Key> exact = ranked_key<Key>(lists, part, wanted - found.above, Serial());
+    return {{exact.key, exact.key}, exact.equal};
+  }
+
+ private:
+  static KeyRange<Key> range_of(std::span<const Key> keys) {
+    KeyRange<Key> range = {keys[0], keys[0]};
+    for (const Key key : keys) range = {std::min(range.low, key), std::max(range.high, key)};
+    return range;
+  }
+
+  std::span<const Key> keys_;
+  Digits<Key> digits_;
+  DigitCounts counts_ = {};
+};
+
 // Keys between which, in all likelihood, the k-th largest is of `eligible` ones that are all inside `range`, to judge
 // by those of the sample that are.
 template <typename Key>
-KeyRange<Key> bracket(std::span<const Key> sample, KeyRange<Key> range, int64_t k, int64_t eligible,
-                      const Parallel& parallel) {
+KeyRange<Key> bracket(std::span<const Key> sample, KeyRange<Key> range, int64_t k, int64_t eligible) {
   std::vector<Key> inside;
   inside.reserve(sample.size());
   std::copy_if(sample.begin(), sample.end(), std::back_inserter(inside),
                [=](Key key) { return range.low <= key && key <= range.high; });
-  const int64_t total = std::ssize(inside);
-  if (total == 0) return range;
+  if (inside.empty()) return range;
+  const RankedSample<Key> ranked(inside);
   const double share = static_cast<double>(k) / static_cast<double>(eligible);
-  const double size = static_cast<double>(total);
+  const auto size = static_cast<double>(ranked.size());
   const double margin = kDeviations * std::sqrt(size * share * (1 - share)) + kDeviations;
-  const std::vector<std::span<const Key>> lists = {inside};
-  const auto at = [&](double place) {
-    return ranked_key<Key>(lists, range, std::clamp<int64_t>(static_cast<int64_t>(place), 1, total), parallel);
-  };
 
   // A number that many elements share would, as a bound, make all of them candidates. If it is the likely answer, the
   // range is that number alone; otherwise it is left out.
-  const int64_t many = total / 16;
-  const Ranked<Key> middle = at(share * size);
-  if (middle.equal > many) return {middle.key, middle.key};
+  const int64_t many = ranked.size() / 16;
+  const auto middle = ranked.at(share * size, many);
+  if (middle.count > many) return middle.range;
   KeyRange<Key> result = range;
+  const auto most = std::min(many, static_cast<int64_t>(margin) / 4);  // more would widen the range by as much
   if (share * size - margin >= 1) {
-    const Ranked<Key> high = at(share * size - margin);
-    result.high = high.equal > many ? high.key - 1 : high.key;
+    const auto high = ranked.at(share * size - margin, most);
+    result.high = high.count > many ? high.range.high - 1 : high.range.high;
   }
   if (share * size + margin <= size) {
-    const Ranked<Key> low = at(share * size + margin);
-    result.low = low.equal > many ? low.key + 1 : low.key;
+    const auto low = ranked.at(share * size + margin, most);
+    result.low = low.count > many ? low.range.low + 1 : low.range.low;
   }
   return result;
 }

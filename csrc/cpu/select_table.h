@@ -27,14 +27,23 @@ struct Split {
   int64_t within;
 };
 
+// Where a split is, and packed masks for the keys above the range and within it. Bit 0 of each is element slice.first;
+// whole words are written.
+template <typename Key>
+struct Marks {
+  KeyRange<Key> range;
+  uint8_t* above;
+  uint8_t* within;
+};
+
 template <typename Key>
 struct KeyKernels {
   // keys[i] = the key of values[first + i], for i in [0, 8).
   void (*keys)(const void* values, int64_t first, Key* keys);
 
-  // Packed masks of the eligible keys above the range and within it, and how many they are. Bit 0 of each is element
-  // slice.first; whole words are written. Blocks without an eligible element are not read.
-  Split (*split)(const Slice& slice, KeyRange<Key> range, uint8_t* above, uint8_t* within);
+  // Marks the eligible keys and counts them: split[0] by one range, split[1] by two, each with its marks and its
+  // counts. Blocks without an eligible element are not read.
+  void (*split[2])(const Slice& slice, const Marks<Key>* marks, Split* counts);
 
   // Keys and places (element - slice.first) where `within`, as split writes it, is set; in order. Up to kGatherAhead
   // elements behind them are written too.

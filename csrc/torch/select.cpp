@@ -4,6 +4,7 @@
 // what keeps a direct call from reading or writing out of bounds.
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -104,24 +105,42 @@ void prune_(Tensors weights, Tensors masks, Tensor k, Tensors momenta) {
   cpu::prune(masked_weights(weights, masks, momenta), counts(k, weights.size()), threads_for(weights));
 }
 
-void drop_regrow_(Tensors weights, Tensors masks, Tensors scores, double drop_fraction, Tensors momenta) {
+std::vector<cpu::Numbers> scores_of(const Tensors& weights, const Tensors& scores) {
   STD_TORCH_CHECK(scores.size() == weights.size(), "scores: expected one for each of the ", weights.size(),
                   " weights, got ", scores.size());
   for (size_t i = 0; i < scores.size(); ++i) check_dense(scores[i], weights[i].numel(), name("scores", i));
-  cpu::drop_regrow(masked_weights(weights, masks, momenta), numbers(scores, "scores"), drop_fraction,
+  return numbers(scores, "scores");
+}
+
+void drop_regrow_(Tensors weights, Tensors masks, Tensors scores, double drop_fraction, Tensors momenta) {
+  cpu::drop_regrow(masked_weights(weights, masks, momenta), scores_of(weights, scores), drop_fraction,
                    threads_for(weights));
+}
+
+// Packed masks for such tensors, not initialised, and where they lie.
+std::pair<Tensors, std::vector<uint8_t*>> new_masks(const Tensors& like) {
+  Tensors masks;
+  std::vector<uint8_t*> bits;
+  for (const Tensor& tensor : like) {
+    masks.push_back(torch::stable::new_empty(tensor, {packed_bytes(tensor.numel())}, ScalarType::Byte));
+    bits.push_back(static_cast<uint8_t*>(masks.back().mutable_data_ptr()));
+  }
+  return {std::move(masks), std::move(bits)};
+}
+
+Tensors prune_drop_regrow_(Tensors weights, Tensors masks, Tensors scores, Tensor k, double drop_fraction,
+                           Tensors momenta) {
+  const std::vector<cpu::MaskedWeight> masked = masked_weights(weights, masks, momenta);
+  const auto [pruned, bits] = new_masks(weights);
+  cpu::prune_drop_regrow(masked, scores_of(weights, scores), counts(k, weights.size()), drop_fraction, bits,
+                         threads_for(weights));
+  return pruned;
 }
 
 Tensors topk_mask(Tensors scores, Tensor k) {
   const std::vector<cpu::Numbers> ranked = numbers(scores, "scores");
-  const std::span<const int64_t> wanted = counts(k, scores.size());
-  Tensors masks;
-  std::vector<uint8_t*> bits;
-  for (const Tensor& score : scores) {
-    masks.push_back(torch::stable::new_empty(score, {packed_bytes(score.numel())}, ScalarType::Byte));
-    bits.push_back(static_cast<uint8_t*>(masks.back().mutable_data_ptr()));
-  }
-  cpu::topk_mask(ranked, wanted, bits, threads_for(scores));
+  const auto [masks, bits] = new_masks(scores);
+  cpu::topk_mask(ranked, counts(k, scores.size()), bits, threads_for(scores));
   return masks;
 }
 
@@ -132,12 +151,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def(
       "drop_regrow_(Tensor(a!)[] weights, Tensor(b!)[] masks, Tensor[] scores, float drop_fraction, "
       "Tensor(c!)[] momenta) -> ()");
+  m.def(
+      "prune_drop_regrow_(Tensor(a!)[] weights, Tensor(b!)[] masks, Tensor[] scores, Tensor k, float drop_fraction, "
+      "Tensor(c!)[] momenta) -> Tensor[]");
   m.def("topk_mask(Tensor[] scores, Tensor k) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
   m.impl("prune_", TORCH_BOX(&prune_));
   m.impl("drop_regrow_", TORCH_BOX(&drop_regrow_));
+  m.impl("prune_drop_regrow_", TORCH_BOX(&prune_drop_regrow_));
   m.impl("topk_mask", TORCH_BOX(&topk_mask));
 }
 

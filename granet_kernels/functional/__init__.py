@@ -13,7 +13,12 @@ from granet_kernels.functional.layers import (
     masked_linear,
 )
 from granet_kernels.functional.mask import count_active, pack_mask, unpack_mask, zero_inactive_
-from granet_kernels.functional.select import drop_regrow_, prune_, topk_mask
+from granet_kernels.functional.select import (
+    drop_regrow_,
+    prune_,
+    prune_drop_regrow_,
+    topk_mask,
+)
 
 __all__ = [
     "autocast_dtype",
@@ -24,6 +29,7 @@ __all__ = [
     "masked_linear",
     "pack_mask",
     "prune_",
+    "prune_drop_regrow_",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

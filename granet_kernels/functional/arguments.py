@@ -41,3 +41,12 @@ def counts_of(
             name = "k" if isinstance(k, Integral) else f"k[{i}]"
             raise ValueError(f"{name}: expected a count from 0 to {limit}, got {count}")
     return torch.tensor(counts, dtype=torch.int64, device=device)
+
+
+def fraction_of(drop_fraction: float | Tensor) -> Tensor:
+    """``drop_fraction`` as the operator takes it: float64, one element, on the host unless it is a tensor."""
+    if isinstance(drop_fraction, Tensor):
+        return drop_fraction
+    if not 0 <= drop_fraction <= 1:  # NaN neither
+        raise ValueError(f"drop_fraction: expected a number in [0, 1], got {drop_fraction}")
+    return torch.tensor(drop_fraction, dtype=torch.float64)

@@ -1,15 +1,15 @@
-"""Selecting weights: pruning, regrowth, and the same selection as a function of scores."""
+"""Selecting weights: pruning, regrowth, a whole update, and the same selection as a function of scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import granet_kernels.ops  # noqa: F401 - registers the operators
-from granet_kernels.functional.arguments import counts_of, tensor_list
+from granet_kernels.functional.arguments import counts_of, fraction_of, tensor_list
 from granet_kernels.functional.mask import unpack_mask
 
 _ops = torch.ops.granet
@@ -76,19 +76,59 @@ def drop_regrow_(
 
     Source: the paper's zero-cost neuroregeneration, section 4.2 and Algorithm 1.
     """
-    weights = tensor_list("weights", weights)
-    if not isinstance(drop_fraction, Tensor):
-        if not 0 <= drop_fraction <= 1:
-            raise ValueError(f"drop_fraction: expected a number in [0, 1], got {drop_fraction}")
-        drop_fraction = torch.tensor(drop_fraction, dtype=torch.float64)
+    weights, fraction = tensor_list("weights", weights), fraction_of(drop_fraction)
     if weights:
         _ops.drop_regrow_(
             weights,
             tensor_list("masks", masks),
             tensor_list("scores", scores),
-            drop_fraction,
+            fraction,
             tensor_list("momenta", momenta),
         )
+
+
+@torch.no_grad()
+def prune_drop_regrow_(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    k: int | Sequence[int] | Tensor,
+    drop_fraction: float | Tensor,
+    *,
+    momenta: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """A whole update: :func:`prune_`, then :func:`drop_regrow_` (in place), in one call.
+
+    The results are those of the two calls, bit for bit; a backend may read the weights fewer times for them.
+
+    Args:
+        weights, masks, momenta: as in :func:`prune_`.
+        scores: as in :func:`drop_regrow_`.
+        k: how many pruning leaves, as in :func:`prune_`.
+        drop_fraction: of those that pruning left in each tensor, as in :func:`drop_regrow_`.
+
+    Returns:
+        The packed masks as pruning left them, new tensors: what ``masks`` would have held between the
+        two calls. With ``masks`` they tell what was pruned, what was dropped and what regrew.
+
+    Raises:
+        TypeError, ValueError: as :func:`prune_` and :func:`drop_regrow_`. Nothing has been changed then.
+
+    Source: one update of the paper's Algorithm 1: sections 4.1 and 4.2.
+    """
+    weights, fraction = tensor_list("weights", weights), fraction_of(drop_fraction)
+    if not weights:
+        return []
+    counts = counts_of(k, [weight.numel() for weight in weights], weights[0].device)
+    pruned = _ops.prune_drop_regrow_(
+        weights,
+        tensor_list("masks", masks),
+        tensor_list("scores", scores),
+        counts,
+        fraction,
+        tensor_list("momenta", momenta),
+    )
+    return cast(list[Tensor], pruned)
 
 
 def topk_mask(scores: Sequence[Tensor], k: int | Sequence[int] | Tensor) -> list[Tensor]:

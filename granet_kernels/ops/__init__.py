@@ -55,6 +55,7 @@ OPERATORS = (
     "masked_sgd_",
     "prune_",
     "drop_regrow_",
+    "prune_drop_regrow_",
     "topk_mask",
     "masked_conv2d",
     "masked_conv2d_backward",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.compiler import is_compiling
 
 from granet_kernels.ops.registry import implementation, quick_implementation
@@ -67,6 +68,18 @@ def define(
 
 
 _kernels: dict[str, Callable[..., Any]] = {}
+
+
+def compile_as(name: str, composition: Callable[..., Any]) -> None:
+    """Let compilers take an operator for a function of others that computes the same.
+
+    For one that writes its arguments and returns a list: torch cannot functionalize that in one piece.
+    """
+
+    @getattr(torch.ops.granet, name).default.py_impl(FunctionalTensorMode)  # type: ignore[untyped-decorator]
+    def functionalized(mode: FunctionalTensorMode, *args: Any, **kwargs: Any) -> Any:
+        with mode:  # a mode is left while it handles an operator
+            return composition(*args, **kwargs)
 
 
 def without_dispatcher(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Selection: pruning to a count, dropping and regrowing, and the top-k mask of scores."""
+"""Selection: pruning to a count, dropping and regrowing, both at once, and the top-k mask of scores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from granet_kernels.backends.in_turn import in_turn
 from granet_kernels.layout import packed_length
 from granet_kernels.ops.checks import (
     check_count,
@@ -23,14 +24,13 @@ from granet_kernels.ops.checks import (
     describe,
     fail,
 )
-from granet_kernels.ops.define import define
+from granet_kernels.ops.define import compile_as, define
 
 
 def check_prune(
     weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor, momenta: Sequence[Tensor]
 ) -> None:
-    check_masked("weights", weights, masks)
-    check_momenta(momenta, weights, "weights")
+    check_selected(weights, masks, momenta)
     check_count("k", k, weights, "weights")
 
 
@@ -51,15 +51,8 @@ def check_drop_regrow(
     drop_fraction: Tensor,
     momenta: Sequence[Tensor],
 ) -> None:
-    check_masked("weights", weights, masks)
-    check_momenta(momenta, weights, "weights")
-    check_lengths(weights=weights, scores=scores)
-    for i, (score, weight) in enumerate(zip(scores, weights, strict=True)):
-        check_floating(f"scores[{i}]", score)
-        check_like(f"scores[{i}]", score, weight, f"weights[{i}]")
-    check_scalar("drop_fraction", drop_fraction, weights[0])
-    if drop_fraction.dtype != torch.float64:
-        fail("drop_fraction", "a float64 tensor of one element", describe(drop_fraction))
+    check_selected(weights, masks, momenta)
+    check_exchange(weights, scores, drop_fraction)
 
 
 define(
@@ -71,6 +64,55 @@ define(
         reads=scores, weights=weights, masks=masks, momenta=momenta
     ),
 )
+
+
+def check_prune_drop_regrow(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    k: Tensor,
+    drop_fraction: Tensor,
+    momenta: Sequence[Tensor],
+) -> None:
+    check_selected(weights, masks, momenta)
+    check_count("k", k, weights, "weights")
+    check_exchange(weights, scores, drop_fraction)
+
+
+define(
+    "prune_drop_regrow_",
+    "(Tensor(a!)[] weights, Tensor(b!)[] masks, Tensor[] scores, Tensor k, Tensor drop_fraction, "
+    "Tensor(c!)[] momenta) -> Tensor[]",
+    check=check_prune_drop_regrow,
+    check_data=lambda weights, masks, scores, k, drop_fraction, momenta: check_disjoint(
+        reads=scores, weights=weights, masks=masks, momenta=momenta
+    ),
+    fake=lambda weights, masks, scores, k, drop_fraction, momenta: [
+        torch.empty_like(mask) for mask in masks
+    ],
+)
+compile_as("prune_drop_regrow_", in_turn(torch.ops.granet.prune_, torch.ops.granet.drop_regrow_))
+
+
+def check_selected(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], momenta: Sequence[Tensor]
+) -> None:
+    """What is selected from and written in place."""
+    check_masked("weights", weights, masks)
+    check_momenta(momenta, weights, "weights")
+
+
+def check_exchange(
+    weights: Sequence[Tensor], scores: Sequence[Tensor], drop_fraction: Tensor
+) -> None:
+    """What decides who grows, and how many are dropped."""
+    check_lengths(weights=weights, scores=scores)
+    for i, (score, weight) in enumerate(zip(scores, weights, strict=True)):
+        check_floating(f"scores[{i}]", score)
+        check_like(f"scores[{i}]", score, weight, f"weights[{i}]")
+    check_scalar("drop_fraction", drop_fraction, weights[0])
+    if drop_fraction.dtype != torch.float64:
+        fail("drop_fraction", "a float64 tensor of one element", describe(drop_fraction))
 
 
 def check_topk_mask(scores: Sequence[Tensor], k: Tensor) -> None:

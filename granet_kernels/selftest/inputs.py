@@ -267,6 +267,16 @@ def drop_regrow_cases() -> Iterator[Inputs]:
     yield "expanded-scores", ([one], [random_mask(1009, g)], [expanded], fraction(0.3), []), {}, 0
 
 
+def prune_drop_regrow_cases() -> Iterator[Inputs]:
+    """What is pruned, then exchanged: all drop fractions and kinds of scores in turn."""
+    g = generator()
+    fractions, kinds = (0.3, 0.0, 1e-9, 0.5, 1.0), tuple(VALUES)
+    for i, (label, (weights, masks, k, momenta), _, _) in enumerate(prune_cases()):
+        p, kind = fractions[i % len(fractions)], kinds[i % len(kinds)]
+        scores = [VALUES[kind](t.numel(), g).view(t.shape) for t in weights]
+        yield f"{label}-{p}-{kind}", (weights, masks, scores, k, fraction(p), momenta), {}, 0
+
+
 def fraction(p: float) -> Tensor:
     return torch.tensor(p, dtype=torch.float64)
 
@@ -290,5 +300,6 @@ GENERATORS: dict[str, Callable[[], Iterator[Inputs]]] = {
     "masked_sgd_": masked_sgd_cases,
     "prune_": prune_cases,
     "drop_regrow_": drop_regrow_cases,
+    "prune_drop_regrow_": prune_drop_regrow_cases,
     "topk_mask": topk_mask_cases,
 }

@@ -132,17 +132,25 @@ class DynamicSparsifier(Sparsifier):
         """Prune to the ramp, also for updates that were postponed and never made up for; then exchange."""
         plan = self.plan
         fraction = None if plan.drop_fraction is None else _share(plan.drop_fraction(step))
+        # What regrew on the last step would stay zero; the published code does not mind.
+        if self.steps >= self.total_steps and not plan.official_rounding:
+            fraction = None
         missed = range(self.postponed_since(step), step + 1)
         if plan.ramp is not None and any(map(plan.ramp.prunes_at, missed)):
-            self._prune_to(plan.ramp(step))
-        # What regrew on the last step would stay zero; the published code does not mind.
-        if fraction is not None and (self.steps < self.total_steps or plan.official_rounding):
+            self._prune_to(plan.ramp(step), fraction)
+        elif fraction is not None:
             self.exchange(fraction, plan.exchange, floor=plan.floor)
 
-    def _prune_to(self, sparsity: float) -> None:
+    def _prune_to(self, sparsity: float, fraction: float | None = None) -> None:
+        """And exchange a fraction of what is left, if one is given."""
         active = self.active_counts() if self.plan.scope == "layer" else []
+        k = self.counts.after_prune(sparsity, active)
         floor = 0 if self.plan.official_rounding else self.plan.floor
-        self.prune(self.counts.after_prune(sparsity, active), floor=floor)
+        if fraction is None:
+            self.prune(k, floor=floor)
+        else:
+            floors = floor, self.plan.floor
+            self.prune_and_exchange(k, fraction, self.plan.exchange, floors=floors)
 
 
 def _share(fraction: float) -> float:

@@ -276,9 +276,19 @@ class Sparsifier(ABC):
 
     def exchange(self, fraction: float, how: Exchange, *, floor: int = 0) -> None:
         """In each layer replace a share of the active weights by those of largest growth score."""
+        self.topology.exchange(fraction, self._growth_scores(), how, floor=floor)
+
+    def prune_and_exchange(
+        self, k: int | Sequence[int], fraction: float, how: Exchange, *, floors: tuple[int, int]
+    ) -> None:
+        """:meth:`prune`, then :meth:`exchange`, at once where that can be; ``floors`` are theirs."""
+        self._pruned = self.topology.prune_and_exchange(
+            k, fraction, self._growth_scores(), how, floors=floors
+        )
+
+    def _growth_scores(self) -> dict[str, Tensor]:
         assert self.growth is not None
-        scores = self.growth.scores(self.layers, self.topology.place, self.topology.generator)
-        self.topology.exchange(fraction, scores, how, floor=floor)
+        return self.growth.scores(self.layers, self.topology.place, self.topology.generator)
 
     # Saving
 
@@ -387,9 +397,7 @@ class Sparsifier(ABC):
         """Whether growth scores forbid the update that is due; then it is due at the next step."""
         if self.growth is None or self.growth.window == 0:
             return False
-        scores = self.growth.scores(
-            self.layers, self.topology.place, self.topology.generator
-        ).values()
+        scores = self._growth_scores().values()
         finite = [torch.isfinite(score).all() for score in scores]
         if self._replicas.all_true(finite):
             if not any(bool(score.any()) for score in scores):

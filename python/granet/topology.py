@@ -33,6 +33,7 @@ from granet_kernels import (
     drop_regrow_,
     pack_mask,
     prune_,
+    prune_drop_regrow_,
     unpack_mask,
     zero_inactive_,
 )
@@ -140,8 +141,7 @@ class Topology:
         """
         parts = self.parts
         weights, masks = [part.weight for part in parts], [part.mask for part in parts]
-        if floor > 0 and isinstance(k, int):
-            k = self.place.counts_above_floor(weights, masks, k, floor)
+        k = self._above_floor(parts, k, floor)
         if not self.place.is_whole:
             self.place.publish(self.layers.values(), self.place.largest(weights, masks, k))
             self.settle()
@@ -149,6 +149,15 @@ class Topology:
         momenta = self._fused_momenta(parts)
         prune_(weights, masks, k, momenta=momenta)
         self._zero_states(parts, masks, but=momenta)
+
+    def _above_floor(
+        self, parts: Sequence[Part], k: int | Sequence[int], floor: int
+    ) -> int | Sequence[int]:
+        """What a prune keeps: ``k``, or where a floor holds for all layers together, a count for each."""
+        if floor == 0 or not isinstance(k, int):
+            return k
+        weights, masks = [part.weight for part in parts], [part.mask for part in parts]
+        return self.place.counts_above_floor(weights, masks, k, floor)
 
     def keep(self, scores: Mapping[str, Tensor], k: int, *, floor: int = 0) -> None:
         """Keep the ``k`` active weights of largest ``|score|`` over all layers.
@@ -160,10 +169,7 @@ class Topology:
         """
         parts = self.parts
         masks = [part.mask for part in parts]
-        ranked = [
-            _laid_out(scores[name], part.weight)
-            for name, part in zip(self.layers, parts, strict=True)
-        ]
+        ranked = _laid_out([scores[name] for name in self.layers], parts)
         counts = self.place.counts_above_floor(ranked, masks, k, floor)
         self.place.publish(self.layers.values(), self.place.largest(ranked, masks, counts))
         self.settle()
@@ -183,15 +189,41 @@ class Topology:
         if not layers:
             return
         parts = self.place.parts(layers.values())
-        ranked = [
-            _laid_out(scores[name], part.weight) for name, part in zip(layers, parts, strict=True)
-        ]
+        ranked = _laid_out([scores[name] for name in layers], parts)
         if how.is_fused and self.place.is_whole:
-            new, grown = self._exchange_at_once(fraction, parts, ranked)
+            self._exchange_at_once(fraction, parts, ranked)
+            return
+        new, filled = self._exchange_apart(fraction, parts, ranked, how, floor)
+        self.place.publish(layers.values(), new)
+        self._start(parts, new, filled, how.regrown)
+
+    def prune_and_exchange(
+        self,
+        k: int | Sequence[int],
+        fraction: float,
+        scores: Mapping[str, Tensor],
+        how: Exchange,
+        *,
+        floors: tuple[int, int] = (0, 0),
+    ) -> dict[str, Tensor]:
+        """:meth:`prune`, then :meth:`exchange`; in one call of an operator where it does all of both.
+
+        Args:
+            floors: of the prune, and of the exchange. The other arguments are as there.
+
+        Returns:
+            Copies of the masks as pruning left them, by layer.
+        """
+        if how.is_fused and self.place.is_whole and self.layers.keys() <= scores.keys():
+            parts = self.parts
+            k = self._above_floor(parts, k, floors[0])
+            ranked = _laid_out([scores[name] for name in self.layers], parts)
+            pruned = self._exchange_at_once(fraction, parts, ranked, k)
         else:
-            new, grown = self._exchange_apart(fraction, parts, ranked, how, floor)
-            self.place.publish(layers.values(), new)
-        self._start(parts, new, grown, how.regrown)
+            self.prune(k, floor=floors[0])
+            pruned = [mask.clone() for mask in self.masks]
+            self.exchange(fraction, scores, how, floor=floors[1])
+        return dict(zip(self.layers, pruned, strict=True))
 
     def settle(self) -> None:
         """Restore the invariant, whatever wrote to weights and optimizer states."""
@@ -213,15 +245,25 @@ class Topology:
     # Parts of an exchange
 
     def _exchange_at_once(
-        self, fraction: float, parts: Sequence[Part], ranked: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """By the operator that drops and regrows: the new masks, and what is new in them."""
-        masks = [part.mask for part in parts]
-        before = [mask.clone() for mask in masks]
+        self,
+        fraction: float,
+        parts: Sequence[Part],
+        ranked: Sequence[Tensor],
+        k: int | Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """By one operator, which prunes first if there is a ``k``; returns the masks before the exchange."""
+        weights, masks = [part.weight for part in parts], [part.mask for part in parts]
         momenta = self._fused_momenta(parts)
-        drop_regrow_([part.weight for part in parts], masks, ranked, fraction, momenta=momenta)
-        self._zero_states(parts, masks, but=momenta)
-        return masks, [mask & ~old for mask, old in zip(masks, before, strict=True)]
+        if k is None:
+            before = [mask.clone() for mask in masks]
+            drop_regrow_(weights, masks, ranked, fraction, momenta=momenta)
+        else:
+            before = prune_drop_regrow_(weights, masks, ranked, k, fraction, momenta=momenta)
+        # What was pruned may have regrown since: its states start from zero too.
+        filled = [mask & old for mask, old in zip(masks, before, strict=True)]
+        self._zero_states(parts, filled, but=momenta)
+        self._start(parts, masks, filled, "keep")
+        return before
 
     def _exchange_apart(
         self,
@@ -231,17 +273,16 @@ class Topology:
         how: Exchange,
         floor: int,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One step after another: masks to take, and what starts anew in them, which is zero already."""
+        """One step after another: masks to take, and what in them does not start anew; the rest is zero."""
         masks = [part.mask for part in parts]
         dropped = [math.ceil(fraction * count) for count in self.place.counts_of(masks)]
         kept = DROP[how.drop](self.place, parts, dropped, self.generator)
         new = self.place.grow(ranked, kept, self._growth(parts, kept, how, floor))
         base = kept if how.regrown == "zero" else masks
-        grown = [mask & ~old for mask, old in zip(new, base, strict=True)]
-        filled = [mask & ~fresh for mask, fresh in zip(new, grown, strict=True)]
+        filled = [mask & old for mask, old in zip(new, base, strict=True)]
         zero_inactive_([part.weight for part in parts], filled)
         self._zero_states(parts, filled)
-        return new, grown
+        return new, filled
 
     def _growth(
         self, parts: Sequence[Part], kept: Sequence[Tensor], how: Exchange, floor: int
@@ -266,15 +307,18 @@ class Topology:
         self,
         parts: Sequence[Part],
         masks: Sequence[Tensor],
-        grown: Sequence[Tensor],
+        filled: Sequence[Tensor],
         regrown: Regrown,
     ) -> None:
-        """States of grown weights, which are zero, where the policy wants another value."""
+        """States of what is in ``masks`` but not in ``filled``, where the policy wants another value.
+
+        Those states are zero. The others, of ``filled``, are what means are taken over.
+        """
         if regrown != "layer_mean" and isinstance(self.optimizer, MaskedSGD):
             return  # its one state is a first moment
-        for part, mask, fresh in zip(parts, masks, grown, strict=True):
+        for part, mask, old in zip(parts, masks, filled, strict=True):
             for name, state in self._states(part.param):
-                others = unpack_mask(mask & ~fresh, state.shape, like=part.weight)
+                others = unpack_mask(old, state.shape, like=part.weight)
                 facts = torch.stack(
                     [state.double().sum(), others.double().sum(), (state < 0).double().sum()]
                 )
@@ -283,8 +327,8 @@ class Topology:
                 if regrown != "layer_mean":
                     is_second_moment = negative == 0 if name not in MOMENTA else negative < 0
                     mean = torch.where(is_second_moment, mean, 0.0)
-                grown_here = unpack_mask(fresh, state.shape, like=part.weight)
-                state.copy_(torch.where(grown_here, mean.to(state.dtype), state))
+                grown = unpack_mask(mask & ~old, state.shape, like=part.weight)
+                state.copy_(torch.where(grown, mean.to(state.dtype), state))
 
     # Optimizer states
 
@@ -324,11 +368,14 @@ class Topology:
         zero_inactive_(states, state_masks)
 
 
-def _laid_out(score: Tensor, like: Tensor) -> Tensor:
-    """A score in the layout of its weight, which a packed mask is for."""
-    if score.stride() == like.stride():
-        return score
-    return torch.empty_like(like, dtype=score.dtype).copy_(score)
+def _laid_out(scores: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+    """Scores in the layouts of their weights, which packed masks are for."""
+    return [
+        score
+        if score.stride() == part.weight.stride()
+        else torch.empty_like(part.weight, dtype=score.dtype).copy_(score)
+        for score, part in zip(scores, parts, strict=True)
+    ]
 
 
 def _check_choice(name: str, value: str, choices: object) -> None:

@@ -65,6 +65,22 @@ inline bool drop_regrow_agrees(State state, const std::vector<Tensor>& scores, d
   return same(state, masks, expected);
 }
 
+// One after the other, by the oracle, is what one call must give; the masks in between too.
+inline bool prune_drop_regrow_agrees(State state, const std::vector<Tensor>& scores, const std::vector<int64_t>& k,
+                                     double fraction, const cpu::Parallel& parallel) {
+  State expected = state;
+  prune(expected, k);
+  const std::vector<Bools> between = expected.active;
+  drop_regrow(expected, scores, fraction);
+  std::vector<Bytes> masks = pack_all(state.active), pruned = masks;
+  std::vector<uint8_t*> addresses;
+  for (Bytes& mask : pruned) addresses.push_back(mask.data());
+  cpu::prune_drop_regrow(view(state, masks), view(scores), k, fraction, addresses, parallel);
+  bool equal = same(state, masks, expected);
+  for (size_t t = 0; t < pruned.size(); ++t) equal &= pruned[t] == pack(between[t]);
+  return equal;
+}
+
 inline bool topk_agrees(const std::vector<Tensor>& scores, const std::vector<int64_t>& k,
                         const cpu::Parallel& parallel) {
   std::vector<Bools> all;

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/select_sample.h"
 #include "select_draws.h"
 #include "select_run.h"
 #include "threads.h"
@@ -43,11 +44,15 @@ void test_all(const std::vector<size_t>& sizes, size_t types, const std::string&
     }
     const std::string label = name + ", types " + std::to_string(types) + ", active " + std::to_string(percent);
     for (const int64_t k : {int64_t{-1}, int64_t{1}, total * static_cast<int64_t>(percent) / 500, total}) {
-      expect(prune_agrees(state, {k}, parallel), "prune " + label + ", k " + std::to_string(k));
+      const std::string count = label + ", k " + std::to_string(k);
+      expect(prune_agrees(state, {k}, parallel), "prune " + count);
+      const double fraction = k < 0 ? 0.0 : k == 1 ? 1.0 : k == total ? 0.01 : 0.5;
+      expect(prune_drop_regrow_agrees(state, scores, {k}, fraction, parallel), "prune_drop_regrow " + count);
     }
     std::vector<int64_t> each;
     for (const size_t size : sizes) each.push_back(static_cast<int64_t>(size * percent / 300));
     expect(prune_agrees(state, each, parallel), "prune each " + label);
+    expect(prune_drop_regrow_agrees(state, scores, each, 0.3, parallel), "prune_drop_regrow each " + label);
     State bare = state;
     bare.momenta.clear();
     expect(prune_agrees(bare, each, parallel), "prune without momenta " + label);
@@ -79,6 +84,51 @@ void test_wrong_guess(const cpu::Parallel& parallel) {
   const std::vector<Tensor> scores = {tensor(FloatType::kFloat32, kNumel, steps, generator)};
   for (const int64_t k : {kNumel / 2 - 1, kNumel / 2, kNumel / 2 + 1}) {
     expect(topk_agrees(scores, {k}, parallel), "step, k " + std::to_string(k));
+  }
+}
+
+// Whether a byte of the mask is one that a sample looks at: of all tensors together, or of each.
+std::vector<Bools> sampled_bytes(const std::vector<size_t>& sizes) {
+  std::vector<cpu::Part> parts;
+  std::vector<Bools> sampled;
+  for (const size_t size : sizes) {
+    parts.push_back({nullptr, FloatType::kFloat32, static_cast<int64_t>(size), nullptr, true, nullptr});
+    sampled.emplace_back(size / 8 + 1);
+  }
+  const auto mark = [&](std::span<const cpu::Part> some) {
+    const cpu::SampledRuns runs(some);
+    for (const auto& [part, byte] : runs.list(0, runs.runs())) {
+      sampled[static_cast<size_t>(part - parts.data())][static_cast<size_t>(byte)] = 1;
+    }
+  };
+  mark(parts);
+  for (size_t t = 0; t < parts.size(); ++t) mark(std::span(parts).subspan(t, 1));
+  return sampled;
+}
+
+// Of two tensors, where samples look there are weights of another size: where a choice ends, and where the second
+// choice ends inside it, is guessed wrong in every way there is.
+void test_misled_samples(const cpu::Parallel& parallel) {
+  const std::vector<size_t> sizes = {40'000, 36'000};
+  const std::vector<Bools> sampled = sampled_bytes(sizes);
+  Generator generator(2);
+  std::vector<Tensor> scores = tensors(sizes, 0, kDraws[0].second, generator);
+  for (int sort = 0; sort < 27; ++sort) {
+    const double size[] = {0.01, 1, 100};
+    const double seen[] = {size[sort % 3], size[sort / 3 % 3]}, unseen[] = {1, size[sort / 9]};
+    State state;
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      const Draw draw = [&](size_t i, Generator& g) {
+        return (sampled[t][i / 8] != 0 ? seen[t] : unseen[t]) * (1 + static_cast<double>(g() % 4096) / 4096);
+      };
+      state.weights.push_back(tensor(FloatType::kFloat32, sizes[t], draw, generator));
+      state.active.emplace_back(sizes[t], uint8_t{1});
+    }
+    for (const int64_t k : {500, 30'000, 60'000}) {
+      const double fraction = sort % 2 == 0 ? 0.9999 : 0.4;
+      expect(prune_drop_regrow_agrees(state, scores, {k}, fraction, parallel),
+             "misled samples " + std::to_string(sort) + ", k " + std::to_string(k));
+    }
   }
 }
 
@@ -139,6 +189,7 @@ int main() {
     test_all({50'000, 65'536}, 5, "large, mixed, " + name, draw, threads);
   }
   if (!kThreadSanitizer) test_wrong_guess(threads);
+  if (!kThreadSanitizer) test_misled_samples(threads);
   if (failures == 0) std::puts("all passed");
   return failures == 0 ? 0 : 1;
 }

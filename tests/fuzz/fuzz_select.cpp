@@ -67,7 +67,7 @@ void require(bool holds) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   FuzzedDataProvider data(bytes, size);
-  const int operation = data.ConsumeIntegralInRange(0, 2);
+  const int operation = data.ConsumeIntegralInRange(0, 3);
   const auto count = data.ConsumeIntegralInRange<size_t>(1, 4);
   const bool momenta = data.ConsumeBool();
   const cpu::Serial parallel;
@@ -84,5 +84,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   if (operation == 0) require(topk_agrees(scores, draw_counts(data, scores), parallel));
   if (operation == 1) require(prune_agrees(state, draw_counts(data, state.weights), parallel));
   if (operation == 2) require(drop_regrow_agrees(state, scores, draw_fraction(data), parallel));
+  if (operation == 3) {
+    const std::vector<int64_t> k = draw_counts(data, state.weights);
+    require(prune_drop_regrow_agrees(state, scores, k, draw_fraction(data), parallel));
+  }
   return 0;
 }

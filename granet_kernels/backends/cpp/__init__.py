@@ -25,7 +25,12 @@ from granet_kernels.backends.cpp.mask import (
     unpack_mask,
     zero_inactive_,
 )
-from granet_kernels.backends.cpp.select import drop_regrow_, prune_, topk_mask
+from granet_kernels.backends.cpp.select import (
+    drop_regrow_,
+    prune_,
+    prune_drop_regrow_,
+    topk_mask,
+)
 from granet_kernels.backends.cpp.sgd import (
     masked_sgd_,
     try_masked_sgd_,  # noqa: F401
@@ -45,6 +50,7 @@ __all__ = [
     "masked_sgd_",
     "pack_mask",
     "prune_",
+    "prune_drop_regrow_",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

@@ -37,13 +37,35 @@ def drop_regrow_(
     copied first.
     """
     if weights:
-        elements = [
-            aligned(score, like=weight).contiguous()
-            for weight, score in zip(weights, scores, strict=True)
-        ]
         torch.ops.granet_cpp.drop_regrow_.default(
-            list(weights), list(masks), elements, float(drop_fraction), list(momenta)
+            list(weights),
+            list(masks),
+            _elements(scores, weights),
+            float(drop_fraction),
+            list(momenta),
         )
+
+
+def prune_drop_regrow_(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    k: Tensor,
+    drop_fraction: Tensor,
+    momenta: Sequence[Tensor],
+) -> list[Tensor]:
+    """:func:`prune_`, then :func:`drop_regrow_`, with fewer passes; returns the masks in between."""
+    if not weights:
+        return []
+    pruned = torch.ops.granet_cpp.prune_drop_regrow_.default(
+        list(weights),
+        list(masks),
+        _elements(scores, weights),
+        k.contiguous(),
+        float(drop_fraction),
+        list(momenta),
+    )
+    return cast(list[Tensor], pruned)
 
 
 def topk_mask(scores: Sequence[Tensor], k: Tensor) -> list[Tensor]:
@@ -52,3 +74,11 @@ def topk_mask(scores: Sequence[Tensor], k: Tensor) -> list[Tensor]:
         return []
     masks = torch.ops.granet_cpp.topk_mask.default(list(scores), k.contiguous())
     return cast(list[Tensor], masks)
+
+
+def _elements(scores: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """In the order in which those of their weights lie in memory."""
+    return [
+        aligned(score, like=weight).contiguous()
+        for weight, score in zip(weights, scores, strict=True)
+    ]

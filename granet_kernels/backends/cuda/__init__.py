@@ -20,7 +20,12 @@ from granet_kernels.backends.cuda.mask import (
     unpack_mask,
     zero_inactive_,
 )
-from granet_kernels.backends.cuda.select import drop_regrow_, prune_, topk_mask
+from granet_kernels.backends.cuda.select import (
+    drop_regrow_,
+    prune_,
+    prune_drop_regrow_,
+    topk_mask,
+)
 from granet_kernels.backends.cuda.sgd import (
     masked_sgd_,
     try_masked_sgd_,  # noqa: F401 - the registry looks for it
@@ -40,6 +45,7 @@ __all__ = [
     "masked_sgd_",
     "pack_mask",
     "prune_",
+    "prune_drop_regrow_",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from granet_kernels.backends.cuda.library import HOST_RUN
+from granet_kernels.backends.in_turn import in_turn
 from granet_kernels.layout import aligned
 
 SAMPLE_FROM = 1 << 14 if HOST_RUN else 1 << 16
@@ -47,6 +48,9 @@ def drop_regrow_(
         torch.ops.granet_cuda.drop_regrow_.default(
             weights, masks, elements, drop_fraction, momenta, SAMPLE_FROM
         )
+
+
+prune_drop_regrow_ = in_turn(prune_, drop_regrow_)
 
 
 def topk_mask(scores: list[Tensor], k: Tensor) -> list[Tensor]:

@@ -15,7 +15,12 @@ from granet_kernels.backends.reference.mask import (
     unpack_mask,
     zero_inactive_,
 )
-from granet_kernels.backends.reference.select import drop_regrow_, prune_, topk_mask
+from granet_kernels.backends.reference.select import (
+    drop_regrow_,
+    prune_,
+    prune_drop_regrow_,
+    topk_mask,
+)
 from granet_kernels.backends.reference.sgd import masked_sgd_
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "masked_sgd_",
     "pack_mask",
     "prune_",
+    "prune_drop_regrow_",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

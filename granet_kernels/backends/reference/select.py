@@ -84,6 +84,21 @@ def drop_regrow_(
         set_mask(mask, kept | regrown, [weight, *momenta[i : i + 1]])
 
 
+def prune_drop_regrow_(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    k: Tensor,
+    drop_fraction: Tensor,
+    momenta: Sequence[Tensor],
+) -> list[Tensor]:
+    """:func:`prune_`, then :func:`drop_regrow_`; the masks as they are in between are returned."""
+    prune_(weights, masks, k, momenta)
+    pruned = [mask.clone() for mask in masks]
+    drop_regrow_(weights, masks, scores, drop_fraction, momenta)
+    return pruned
+
+
 def topk_mask(scores: Sequence[Tensor], k: Tensor) -> list[Tensor]:
     """Packed masks of the ``k`` largest scores (signed); ``k`` as in :func:`prune_`, NaN behind -inf."""
     keys = [storage_view(score) for score in scores]

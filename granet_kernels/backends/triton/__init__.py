@@ -25,7 +25,12 @@ from granet_kernels.backends.triton.mask import (
     unpack_mask,
     zero_inactive_,
 )
-from granet_kernels.backends.triton.select import drop_regrow_, prune_, topk_mask
+from granet_kernels.backends.triton.select import (
+    drop_regrow_,
+    prune_,
+    prune_drop_regrow_,
+    topk_mask,
+)
 from granet_kernels.backends.triton.sgd import masked_sgd_
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "masked_sgd_",
     "pack_mask",
     "prune_",
+    "prune_drop_regrow_",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

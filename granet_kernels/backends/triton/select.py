@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granet_kernels.backends.in_turn import in_turn
 from granet_kernels.backends.triton.launch import DTYPES, GROUP, INTEGERS, launch
 from granet_kernels.backends.triton.select_kernels import (
     STATE,
@@ -88,6 +89,9 @@ def drop_regrow_(
     _select(parts, "magnitude", "active", WEIGHTS, state, fraction, dropped, into_kept=True)
     zeroed = (WEIGHTS, MOMENTA) if momenta else (WEIGHTS,)
     _select(parts, "growth", "inactive", len(lists) - 1, state, dropped, zeroed=zeroed)
+
+
+prune_drop_regrow_ = in_turn(prune_, drop_regrow_)
 
 
 def topk_mask(scores: Sequence[Tensor], k: Tensor) -> list[Tensor]:
