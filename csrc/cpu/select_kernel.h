@@ -149,27 +149,24 @@ struct Passes {
     for (int i = 0; i < ranges; ++i) counts[i] = totals[i];
   }
 
-  // The first kGatherAhead of a block are written whether they are there or not: a branch for each would be guessed
-  // wrong about once a block.
+  // The first two places of a block are written whether they are there or not: a branch for each would be guessed wrong
+  // about once a block. Keys come after all places, in a loop without such guesses.
   static void gather(const Slice& slice, const uint8_t* within, Key* keys, uint16_t* places) {
-    constexpr uint64_t kLast = uint64_t{1} << (kBlock - 1);  // in a whole block there is such an element
+    static_assert(kGatherAhead == 2);
+    constexpr uint64_t kLast = uint64_t{1} << (kBlock - 1);  // some place, if there is none
+    uint16_t* next = places;
     for (int64_t i = 0; i < slice.count; i += kBlock) {
-      uint64_t bits = load_word(within + i / 8);
-      const int64_t found = ones(bits);
-      int64_t done = 0;
-      const auto take = [&](uint64_t some) {
-        const int64_t place = i + __builtin_ctzll(some);
-        keys[done] = key(slice.values, slice.first + place);
-        places[done++] = static_cast<uint16_t>(place);
-        bits &= bits - 1;
-      };
-      if (slice.count - i >= kBlock) {
-        while (done < kGatherAhead) take(bits | kLast);
+      const uint64_t bits = load_word(within + i / 8);
+      const uint64_t without_first = bits & (bits - 1);
+      next[0] = static_cast<uint16_t>(i + __builtin_ctzll(bits | kLast));
+      next[1] = static_cast<uint16_t>(i + __builtin_ctzll(without_first | kLast));
+      int64_t done = 2;
+      for (uint64_t rest = without_first & (without_first - 1); rest != 0; rest &= rest - 1) {
+        next[done++] = static_cast<uint16_t>(i + __builtin_ctzll(rest));
       }
-      while (bits != 0) take(bits);
-      keys += found;
-      places += found;
+      next += ones(bits);
     }
+    for (int64_t c = 0; c < next - places; ++c) keys[c] = key(slice.values, slice.first + places[c]);
   }
 
   // Even and odd elements have counters of their own: an increment waits for the one before it on the same counter,

@@ -17,12 +17,20 @@
 
 namespace granet::cpu {
 
-// A run is the eight elements of one byte of a mask. 8192 runs, 64 Ki elements, put the k-th of N at 20 % between
-// bounds that hold 1.6 % of all; twice as many make that 1.1 % but take as much longer to read as this saves.
-constexpr int64_t kMostRuns = 8192;
+// A run is the eight elements of one byte of a mask. Reading runs takes time in proportion to their number, what lies
+// between the bounds takes time in proportion to the number of elements and to the inverse of its root: together least
+// where runs grow as elements to the power of 2/3. On a Zen 4 that is 8192 runs, 64 Ki elements, for 25 million.
+constexpr double kRunsPerByte = 0.38;  // of a mask, to the power of 2/3
+constexpr int64_t kBytesOfRun = 16;    // at most every 16th is read
 constexpr int64_t kRunsOfTask = 1024;
-constexpr int64_t kBytesOfRun = 64;  // of a mask: at most every 64th is read
-constexpr double kDeviations = 4;    // runs are not independent draws, and a wrong guess costs a pass
+
+inline int64_t runs_of(int64_t bytes) {
+  const double root = std::cbrt(static_cast<double>(bytes));
+  return std::min(static_cast<int64_t>(kRunsPerByte * root * root), bytes / kBytesOfRun);
+}
+
+constexpr double kDeviations =
+    3;  // runs are not independent draws, and a wrong guess costs a pass over what it was about
 
 // Multiples of the golden ratio, modulo 1, in 32 bits: they fall evenly, and together with no stride of a tensor.
 inline uint64_t jitter(int64_t run) { return static_cast<uint64_t>(run) * 0x9e37'79b9'7f4a'7c15 >> 32; }
@@ -33,7 +41,7 @@ class SampledRuns {
   explicit SampledRuns(std::span<const Part> parts) : parts_(parts) {
     ends_.reserve(parts.size());
     for (const Part& part : parts) ends_.push_back(bytes_ += mask_bytes(part.numel));
-    runs_ = std::min(kMostRuns, bytes_ / kBytesOfRun);
+    runs_ = runs_of(bytes_);
     if (runs_ > 0) step_ = (static_cast<uint64_t>(bytes_) << kFraction) / static_cast<uint64_t>(runs_);
   }
 

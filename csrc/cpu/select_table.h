@@ -46,7 +46,7 @@ struct KeyKernels {
   void (*split[2])(const Slice& slice, const Marks<Key>* marks, Split* counts);
 
   // Keys and places (element - slice.first) where `within`, as split writes it, is set; in order. Up to kGatherAhead
-  // elements behind them are written too.
+  // places behind them are written too.
   void (*gather)(const Slice& slice, const uint8_t* within, Key* keys, uint16_t* places);
 
   // Adds the eligible keys inside digits.range to counts[digit].
