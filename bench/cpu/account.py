@@ -3,18 +3,25 @@
     account = the layer without an active weight
             + fetching the values of the active weights, from a weight that is in no cache
             + what else only active weights make it read, at the memory's rate
-            + its products, at the kernel's rate where all lies in the first-level cache
+            + its products: of a convolution at the kernel's rate where all lies in the first-level cache,
+              of a linear layer at its own rate in warm caches
 
 The first part packs inputs, writes outputs and gradients, compares the mask and passes through
 Python. The third are the index, and inputs that are read where they are, by the active weights
 alone: those of pointwise layers, and of others that are sparse enough. What a measured layer takes
 beyond its account are cache misses between the parts.
 
+The inputs of a linear layer's products lie all over its slab, which fills the second-level cache: 256
+rows take 0.5 to 0.7 ns for sixteen products forward where the first level gives 0.37, and a line of 64
+bytes comes out of the second at 32 bytes a cycle at best, 0.54 ns at 3.7 GHz. So their rate is that of
+the layer itself.
+
 A network's training step has an account too: the step without an active weight, and the products.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -30,7 +37,7 @@ from bench.cpu.layers import PACKED_WITHOUT_WEIGHTS, WITHOUT_WEIGHTS, Shape
 from bench.cpu.networks import TRAINING_STEP, Network, products
 from bench.cpu.race import Comparison, Race
 from bench.cpu.rows import Row
-from bench.cpu.shapes import ConvShape
+from bench.cpu.shapes import ConvShape, LinearShape
 from bench.cpu.targets import DENSE
 from granet_kernels import MaskedConv2d, MaskedLinear
 from granet_kernels.backends.cpp.conv import conv_shape
@@ -41,7 +48,7 @@ BACKWARD_PRODUCTS = 2
 """Of an active weight and a pixel: for the gradient of the input, and for its own."""
 FLOAT = 4  # bytes
 ENTRY = 8  # bytes that an index has for an active weight: an offset and a rank
-PAIRS = 101
+PAIRS, LINEAR_PAIRS = 101, 31
 SWEPT = 96 << 20  # bytes, more than any cache here
 
 
@@ -56,6 +63,8 @@ class Rates:
     """Of active weights, each a sum and a product, forward."""
     backward_a_ms: float
     """Backward, where what is loaded takes part in two of them."""
+    fetched_ms: float = 0.0
+    """What the products of a call include for the values of the active weights."""
 
     def products_ms(self, measure: str, products: float) -> float:
         """So many forward, and twice as many backward."""
@@ -75,7 +84,9 @@ def account_ms(
         pixels *= ((shape.side - 1) // shape.stride + 1) ** 2
     active = _active(shape, sparsity)
     read = ENTRY * active * PASSES[measure]
-    fetched = fetching_ms(weights, sparsity, rates.threads)  # forward; backward has them
+    fetched = (
+        fetching_ms(weights, sparsity, rates.threads) - rates.fetched_ms
+    )  # forward; backward has them
     if _is_in_place(shape, active):
         inputs, outputs = pixels * shape.weight[1], pixels * shape.weight[0]
         # Backward the gradient of the output, and the input.
@@ -111,7 +122,9 @@ def rows_of(
     found = race.compare(DENSE, idle, measure)
     if found is None:
         return []
-    measured = rates(threads, None if isinstance(shape, ConvShape) else shape.batch)
+    measured = rates(threads)
+    if not isinstance(shape, ConvShape):
+        measured = linear_rates(threads, shape, sparsity)
     milliseconds = account_ms(shape, measure, sparsity, found.ours_ms, measured)
     return [_row(found, milliseconds, group, str(shape), measure, threads, sparsity)]
 
@@ -164,28 +177,41 @@ def _row(
 
 
 @functools.cache
-def rates(threads: int, rows: int | None = None) -> Rates:
-    """Measured once for each number of threads, which must be torch's now, and of a linear layer's rows.
-
-    A kernel adds an active weight to eight vectors at once, or as many as there are rows: with few of
-    them, finding the weight takes longer than its products.
-    """
+def rates(threads: int) -> Rates:
+    """Measured once for each number of threads, which must be torch's now."""
     return Rates(
         threads=threads,
         bytes_a_ms=_bytes_a_ms(),
-        products_a_ms=_products_a_ms(threads, rows, _forward),
-        backward_a_ms=BACKWARD_PRODUCTS * _products_a_ms(threads, rows, _backward),
+        products_a_ms=_products_a_ms(threads, _forward),
+        backward_a_ms=BACKWARD_PRODUCTS * _products_a_ms(threads, _backward),
     )
 
 
 @functools.cache
-def fetching_ms(weights: int, sparsity: float, threads: int) -> float:
+def linear_rates(threads: int, shape: LinearShape, sparsity: float) -> Rates:
+    """Likewise, of a layer at a sparsity."""
+    more, fewer = (_linear(shape, factor * (1 - sparsity)) for factor in (1.25, 0.75))
+    input = torch.randn(shape.input)
+    products_a_ms, backward_a_ms = (
+        _added_a_ms(more, fewer, input, timed, LINEAR_PAIRS) for timed in (_forward, _backward)
+    )
+    return dataclasses.replace(
+        rates(threads),
+        products_a_ms=products_a_ms,
+        backward_a_ms=BACKWARD_PRODUCTS * backward_a_ms,
+        fetched_ms=fetching_ms(math.prod(shape.weight), sparsity, threads, warm=True),
+    )
+
+
+@functools.cache
+def fetching_ms(weights: int, sparsity: float, threads: int, *, warm: bool = False) -> float:
     """Milliseconds to fetch the active ones of so many weights, from one of many in turn.
 
-    A network's weights, and those of the contenders here, are more than the caches hold.
+    A network's weights, and those of the contenders here, are more than the caches hold; one that is
+    ``warm`` is always the same.
     """
     torch.set_num_threads(threads)
-    count = max(2, math.ceil(SWEPT / (FLOAT * weights)))
+    count = 1 if warm else max(2, math.ceil(SWEPT / (FLOAT * weights)))
     in_turn = itertools.cycle([torch.ones(weights) for _ in range(count)])
     at = torch.nonzero(torch.rand(weights) >= sparsity).view(-1).int()
     return _median_ms(lambda: gather(next(in_turn), at, rising=True))
@@ -199,23 +225,26 @@ def _bytes_a_ms() -> float:
 Layer = MaskedConv2d | MaskedLinear
 
 
-def _products_a_ms(
-    threads: int, rows: int | None, timed: Callable[[Layer, Tensor], float]
-) -> float:
-    """From what half of the weights add, on one thread, to a layer whose input takes 8 to 16 KiB.
-
-    Layers with many and with few weights take turns: one after the other, the rate of 256 rows came out
-    between 1 and 2.5 times what it is now, for outputs take as long as products.
-    """
+def _products_a_ms(threads: int, timed: Callable[[Layer, Tensor], float]) -> float:
+    """On one thread, of a convolution whose input takes 13 KiB."""
     torch.set_num_threads(1)
-    input = torch.randn(1, 8, 14, 30)
-    if rows is not None:
-        input = torch.randn(rows, max(8, min(64, 4096 // rows)))
-    many, few = (_sparse_layer(input.size(1), rows is None, density) for density in (0.75, 0.25))
-    added = (many.count_active() - few.count_active()) * (input.numel() // input.size(1))
-    took = [timed(many, input) - timed(few, input) for _ in range(PAIRS)]
+    many, few = (_convolution(density) for density in (0.75, 0.25))
+    found = _added_a_ms(many, few, torch.randn(1, 8, 14, 30), timed, PAIRS)
     torch.set_num_threads(threads)
-    return threads * added / statistics.median(took)
+    return threads * found
+
+
+def _added_a_ms(
+    more: Layer, fewer: Layer, input: Tensor, timed: Callable[[Layer, Tensor], float], pairs: int
+) -> float:
+    """Products that one layer has more than the other, a millisecond that it takes longer.
+
+    They take turns: one after the other, the rate of 256 rows came out between 1 and 2.5 times what it
+    is now, for outputs take as long as products.
+    """
+    added = (more.count_active() - fewer.count_active()) * (input.numel() // input.size(1))
+    took = [timed(more, input) - timed(fewer, input) for _ in range(pairs)]
+    return added / statistics.median(took)
 
 
 def _forward(layer: Layer, input: Tensor) -> float:
@@ -230,12 +259,16 @@ def _backward(layer: Layer, input: Tensor) -> float:
     return _ms(lambda: output.backward(grad_output))
 
 
-def _sparse_layer(channels: int, convolves: bool, density: float) -> Layer:
-    layer: Layer
-    if convolves:
-        layer = MaskedConv2d(channels, 512, 3, padding=1, bias=False)
-    else:
-        layer = MaskedLinear(channels, 2048, bias=False)
+def _convolution(density: float) -> Layer:
+    return _sparse(MaskedConv2d(8, 512, 3, padding=1, bias=False), density)
+
+
+def _linear(shape: LinearShape, density: float) -> Layer:
+    outputs, inputs = shape.weight
+    return _sparse(MaskedLinear(inputs, outputs, bias=False), density)
+
+
+def _sparse(layer: Layer, density: float) -> Layer:
     layer.algorithm = "sparse"
     layer.mask = torch.rand(layer.weight.shape) < density  # type: ignore[assignment]
     return layer
