@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from granet_kernels import drop_regrow_, pack_mask, prune_, topk_mask, unpack_mask, use_backend
+from granet_kernels import (
+    drop_regrow_,
+    pack_mask,
+    prune_,
+    pruned_masks,
+    topk_mask,
+    unpack_mask,
+    use_backend,
+)
 from granet_kernels.layout import full_mask
 from granet_kernels.selftest import backends_with
 from tests.helpers import HERE, INF, NAN, bits, mask_of
@@ -98,6 +106,19 @@ def test_prune_to_nothing_and_to_everything(k):
     prune_([weight], [mask], k)
     assert sum(active(mask, 5)) == k
     assert int((weight != 0).sum()) == k
+
+
+@pytest.mark.parametrize("k", [0, 3, [1, 2], [2, 4], torch.tensor([5])], ids=str)
+def test_pruned_masks_are_those_that_pruning_leaves(k):
+    weights = [torch.tensor([1.0, -5.0]), torch.tensor([4.0, -2.0, NAN, 9.0])]
+    masks = [full_mask(2), pack_mask(mask_of(1, 1, 1, 0))]
+    before = [tensor.clone() for tensor in (*weights, *masks)]
+    found = pruned_masks(weights, masks, k)
+    for tensor, old in zip((*weights, *masks), before, strict=True):
+        assert bits(tensor) == bits(old)
+    prune_(weights, masks, k)
+    assert all(torch.equal(*pair) for pair in zip(found, masks, strict=True))
+    assert not {mask.data_ptr() for mask in found} & {mask.data_ptr() for mask in masks}
 
 
 def test_k_on_the_device_is_not_read_by_the_host():

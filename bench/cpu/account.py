@@ -83,7 +83,8 @@ def account_ms(
     if isinstance(shape, ConvShape):
         pixels *= ((shape.side - 1) // shape.stride + 1) ** 2
     active = _active(shape, sparsity)
-    read = ENTRY * active * PASSES[measure]
+    # Of a linear layer in what its products add, though warm.
+    read = ENTRY * active * PASSES[measure] if isinstance(shape, ConvShape) else 0.0
     fetched = (
         fetching_ms(weights, sparsity, rates.threads) - rates.fetched_ms
     )  # forward; backward has them

@@ -45,22 +45,22 @@ int64_t active_in(const uint8_t* mask, int64_t first, int64_t count) {
   return count_active(bytes, whole) + tail;
 }
 
-// The active weights of each tensor.
-std::vector<int64_t> active_counts(std::span<const MaskedWeight> weights, const Parallel& parallel) {
+// The eligible elements of each part, which are those where its bit is 1.
+std::vector<int64_t> active_counts(std::span<const Part> parts, const Parallel& parallel) {
   constexpr int64_t kSlice = 64 * kChunk;  // 256 KiB of mask: some 10 microseconds
   struct Task {
-    size_t tensor;
+    size_t part;
     int64_t first;
   };
   std::vector<Task> tasks;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    for (int64_t first = 0; first < weights[i].numel; first += kSlice) tasks.push_back({i, first});
+  for (size_t i = 0; i < parts.size(); ++i) {
+    for (int64_t first = 0; first < parts[i].numel; first += kSlice) tasks.push_back({i, first});
   }
-  std::vector<std::atomic<int64_t>> counts(weights.size());
+  std::vector<std::atomic<int64_t>> counts(parts.size());
   parallel.for_each(std::ssize(tasks), [&](int64_t t) {
-    const auto [tensor, first] = tasks[static_cast<size_t>(t)];
-    const MaskedWeight& weight = weights[tensor];
-    counts[tensor] += active_in(weight.mask, first, std::min(kSlice, weight.numel - first));
+    const auto [index, first] = tasks[static_cast<size_t>(t)];
+    const Part& part = parts[index];
+    counts[index] += active_in(part.bits, first, std::min(kSlice, part.numel - first));
   });
   return {counts.begin(), counts.end()};
 }
@@ -106,8 +106,14 @@ void set_mask(const MaskedWeight& weight, int64_t first, int64_t count, const ui
   }
 }
 
-Part magnitudes_of(const MaskedWeight& weight, uint8_t* chosen) {
-  return {weight.data, weight.type, weight.numel, weight.mask, false, chosen};
+// Active weights by magnitude, to be chosen from into the masks chosen(i).
+template <typename Chosen>
+std::vector<Part> magnitudes_of(std::span<const MaskedWeight> weights, const Chosen& chosen) {
+  std::vector<Part> parts;
+  for (const MaskedWeight& weight : weights) {
+    parts.push_back({weight.data, weight.type, weight.numel, weight.mask, false, chosen(std::ssize(parts))});
+  }
+  return parts;
 }
 
 // Inside [0, 1]; NaN is not above 0.
@@ -147,15 +153,14 @@ constexpr int64_t kBatch = 1'000'000;
 
 void drop_regrow_batch(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double share,
                        const Parallel& parallel) {
-  const std::vector<int64_t> active = active_counts(weights, parallel);
   const ScratchScope scratch;
   const Masks kept(weights, *scratch);
-  std::vector<Part> parts;
+  const std::vector<Part> parts = magnitudes_of(weights, [&](int64_t i) { return kept[i]; });
+  const std::vector<int64_t> active = active_counts(parts, parallel);
   std::vector<Group> groups;
   for (int64_t i = 0; i < std::ssize(weights); ++i) {
-    const auto t = static_cast<size_t>(i);
-    parts.push_back(magnitudes_of(weights[t], kept[i]));
-    groups.push_back({i, i + 1, active[t], left_of(active[t], share)});
+    const int64_t count = active[static_cast<size_t>(i)];
+    groups.push_back({i, i + 1, count, left_of(count, share)});
   }
   choose(parts, groups, Rank::kMagnitude, nullptr, *scratch, parallel);
   const auto before = [&](int64_t i) { return weights[static_cast<size_t>(i)].mask; };
@@ -165,20 +170,26 @@ void drop_regrow_batch(std::span<const MaskedWeight> weights, std::span<const Nu
 }  // namespace
 
 void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, const Parallel& parallel) {
-  const std::vector<int64_t> active = active_counts(weights, parallel);
   const ScratchScope scratch;
   const Masks kept(weights, *scratch);
-  std::vector<Part> parts;
-  for (int64_t i = 0; i < std::ssize(weights); ++i) {
-    parts.push_back(magnitudes_of(weights[static_cast<size_t>(i)], kept[i]));
-  }
+  const std::vector<Part> parts = magnitudes_of(weights, [&](int64_t i) { return kept[i]; });
   choose(
-      parts, make_groups(k, active), Rank::kMagnitude,
+      parts, make_groups(k, active_counts(parts, parallel)), Rank::kMagnitude,
       [&](int64_t i, int64_t first, int64_t count) {
         set_mask(weights[static_cast<size_t>(i)], first, count, kept[i], kept[i],
                  [&](int64_t byte) { return load_word(kept[i] + byte); });
       },
       *scratch, parallel);
+}
+
+void pruned_masks(std::span<const Numbers> weights, std::span<const uint8_t* const> masks, std::span<const int64_t> k,
+                  std::span<uint8_t* const> pruned, const Parallel& parallel) {
+  const ScratchScope scratch;
+  std::vector<Part> parts;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    parts.push_back({weights[i].data, weights[i].type, weights[i].numel, masks[i], false, pruned[i]});
+  }
+  choose(parts, make_groups(k, active_counts(parts, parallel)), Rank::kMagnitude, nullptr, *scratch, parallel);
 }
 
 void drop_regrow(std::span<const MaskedWeight> weights, std::span<const Numbers> scores, double fraction,
@@ -199,15 +210,12 @@ void prune_drop_regrow(std::span<const MaskedWeight> weights, std::span<const Nu
                        std::span<const int64_t> k, double fraction, std::span<uint8_t* const> pruned,
                        const Parallel& parallel) {
   const double share = share_of(fraction);
-  const std::vector<int64_t> active = active_counts(weights, parallel);
   const ScratchScope scratch;
   const Masks kept(weights, *scratch);
-  std::vector<Part> parts;
   std::vector<uint8_t*> inner;
-  for (int64_t i = 0; i < std::ssize(weights); ++i) {
-    parts.push_back(magnitudes_of(weights[static_cast<size_t>(i)], pruned[static_cast<size_t>(i)]));
-    inner.push_back(kept[i]);
-  }
+  for (int64_t i = 0; i < std::ssize(weights); ++i) inner.push_back(kept[i]);
+  const std::vector<Part> parts = magnitudes_of(weights, [&](int64_t i) { return pruned[static_cast<size_t>(i)]; });
+  const std::vector<int64_t> active = active_counts(parts, parallel);
   const std::vector<int64_t> left = choose_nested(
       parts, active, make_groups(k, active), inner, [=](int64_t count) { return left_of(count, share); },
       Rank::kMagnitude, *scratch, parallel);

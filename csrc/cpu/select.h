@@ -35,6 +35,10 @@ struct MaskedWeight {
 // inactive, and their momenta, become +0.0; those that were so before are not touched.
 void prune(std::span<const MaskedWeight> weights, std::span<const int64_t> k, const Parallel& parallel);
 
+// pruned[i]: the mask that prune() would leave of weights[i] with masks[i], written whole.
+void pruned_masks(std::span<const Numbers> weights, std::span<const uint8_t* const> masks, std::span<const int64_t> k,
+                  std::span<uint8_t* const> pruned, const Parallel& parallel);
+
 // masks[i]: the k largest of scores (k as above), signed, NaN below -infinity.
 void topk_mask(std::span<const Numbers> scores, std::span<const int64_t> k, std::span<uint8_t* const> masks,
                const Parallel& parallel);

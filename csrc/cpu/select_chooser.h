@@ -1,7 +1,8 @@
 // Usually one pass over the values: a sample gives two keys that most likely enclose the k-th largest; the pass counts
-// and marks what is above the upper one and what is between, the candidates; the keys of the candidates, one or two in
-// a hundred, decide. If the counts prove the guess wrong, or the candidates are too many, histograms over all eligible
-// keys find a narrower range that certainly holds the k-th largest, and the pass is repeated with that.
+// and marks what is above the upper one and what is between, the candidates; the keys of the candidates, one in a
+// hundred of a large tensor and one in ten of a small one, decide. If the counts prove the guess wrong, or the
+// candidates are too many, histograms over all eligible keys find a narrower range that certainly holds the k-th
+// largest, and the pass is repeated with that.
 #pragma once
 
 #include <algorithm>
@@ -122,7 +123,7 @@ Chooser<Key>::Chooser(std::span<const Part> parts, std::span<const Group> groups
       rank_(rank),
       scratch_(scratch),
       parallel_(parallel),
-      table_(*for_isa(&select_portable, &select_avx2, &select_avx512)) {
+      table_(*GRANET_FOR_ISA(&select_portable, &select_avx2, &select_avx512)) {
   for (const Group& group : groups) {
     searches_.push_back({.group = group, .fate = fate_of(group), .range = all_keys<Key>(rank)});
     add_chunks(searches_.back(), searches_.size() - 1);

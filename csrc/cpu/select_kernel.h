@@ -131,9 +131,11 @@ struct Passes {
   template <int ranges>
   static void split(const Slice& slice, const Marks<Key>* marks, Split* counts) {
     Split totals[ranges] = {};
+    Marks<Key> all[ranges];  // what is stored could lie over `marks`, for all that the compiler knows
+    for (int i = 0; i < ranges; ++i) all[i] = marks[i];
     for_each_block(slice, [&](int64_t place, uint64_t eligible, const Key* block) {
       for (int i = 0; i < ranges; ++i) {
-        const auto& [range, above, within] = marks[i];
+        const auto& [range, above, within] = all[i];
         uint64_t high = 0, low = 0;
         if (eligible != 0) {
           const bool open = range.low == KeyTraits<Key>::kLowest;

@@ -1,6 +1,7 @@
-// The largest of the largest of a part are the largest of all that is eligible in it, so the inner choice is an
-// ordinary one, whose counts are known when the outer one is made. Where it will most likely end is guessed before, so
-// that each chunk is read for both while it is in the cache. A part that is too small to guess is read once more.
+// Of each part the outer choice takes the first few in the order of key and position, so the first keep(count) of those
+// are the first keep(count) of all that is eligible. The inner choice is an ordinary one, then, but that its counts are
+// known only when the outer one is made. Where it will most likely end is guessed before, so that each chunk is read
+// for both while it is in the cache. A part that is too small to guess is read once more.
 #include "cpu/select_nested.h"
 
 #include <algorithm>
@@ -46,7 +47,7 @@ class Nested {
   std::vector<int64_t> run() {
     outer_.sample();
     outer_.guess();
-    inner_.sample();
+    sample_inner();
     guess_ahead();
     pass();
     outer_.settle();
@@ -59,6 +60,13 @@ class Nested {
   }
 
  private:
+  // A part that is a group of its own has been looked at.
+  void sample_inner() {
+    const std::span<Search<Key>> outer = outer_.searches(), inner = inner_.searches();
+    if (outer.size() < inner.size()) return inner_.sample();
+    for (size_t i = 0; i < inner.size(); ++i) inner[i].sample = outer[i].sample;
+  }
+
   // The keys among which the outer choice most likely ends in a chunk.
   KeyRange<Key> end_in(size_t chunk) {
     const Search<Key>& outer = outer_.searches()[outer_.chunks()[chunk].group];
@@ -122,9 +130,17 @@ class Nested {
       Search<Key>& search = searches[p];
       counts[p] = count_active(parts_[p].chosen, packed_bytes(parts_[p].numel));
       search.group.k = keep_(counts[p]);
+      if (search.group.k == counts[p]) {  // all of what the outer choice has chosen
+        inner_parts_[p].bits = parts_[p].chosen;
+        inner_parts_[p].inverted = false;
+        search.group.eligible = counts[p];
+      }
       search.fate = fate_of(search.group);
-      if (search.fate != Fate::kSearch) is_ahead_[p] = 0;
-      if (is_ahead_[p] == 0) inner_.guess(search);
+      if (search.fate != Fate::kSearch) {
+        is_ahead_[p] = 0;
+      } else if (is_ahead_[p] == 0) {
+        inner_.guess(search);
+      }
     });
     return counts;
   }

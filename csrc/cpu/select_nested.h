@@ -11,7 +11,8 @@
 namespace granet::cpu {
 
 // choose(parts, groups), and then in each part, of the `count` elements that this has chosen, the keep(count) largest:
-// inner[i] is a packed mask for those of parts[i], written whole. eligible[i]: how many of parts[i] are. Returns
+// inner[i] is a packed mask for those of parts[i], written whole. eligible[i]: how many of parts[i] are. keep(count) is
+// at most `count`, and is called on any thread. Returns
 // the count of each part. Takes of `scratch` and gives nothing back.
 std::vector<int64_t> choose_nested(std::span<const Part> parts, std::span<const int64_t> eligible,
                                    std::span<const Group> groups, std::span<uint8_t* const> inner,

@@ -47,11 +47,10 @@ void check_dense(const Tensor& tensor, int64_t numel, const std::string& argumen
                   ": expected a dense tensor on the CPU with ", numel, " elements");
 }
 
-uint8_t* packed(const Tensor& mask, int64_t numel, const std::string& argument) {
+void check_packed_mask(const Tensor& mask, int64_t numel, const std::string& argument) {
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
                       mask.numel() == packed_bytes(numel),
                   argument, ": expected a contiguous uint8 tensor on the CPU with ", packed_bytes(numel), " elements");
-  return static_cast<uint8_t*>(mask.mutable_data_ptr());
 }
 
 std::vector<cpu::Numbers> numbers(const Tensors& tensors, const char* list) {
@@ -63,19 +62,24 @@ std::vector<cpu::Numbers> numbers(const Tensors& tensors, const char* list) {
   return result;
 }
 
-std::vector<cpu::MaskedWeight> masked_weights(const Tensors& weights, const Tensors& masks, const Tensors& momenta) {
+void check_lengths(const Tensors& weights, const Tensors& masks) {
   STD_TORCH_CHECK(masks.size() == weights.size(), "masks: expected one for each of the ", weights.size(),
                   " weights, got ", masks.size());
+}
+
+std::vector<cpu::MaskedWeight> masked_weights(const Tensors& weights, const Tensors& masks, const Tensors& momenta) {
+  check_lengths(weights, masks);
   STD_TORCH_CHECK(momenta.empty() || momenta.size() == weights.size(), "momenta: expected none or one for each of the ",
                   weights.size(), " weights, got ", momenta.size());
   std::vector<cpu::MaskedWeight> result;
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t numel = weights[i].numel();
     check_dense(weights[i], numel, name("weights", i));
+    check_packed_mask(masks[i], numel, name("masks", i));
     cpu::MaskedWeight weight = {weights[i].mutable_data_ptr(),
                                 float_type(weights[i], name("weights", i)),
                                 numel,
-                                packed(masks[i], numel, name("masks", i)),
+                                static_cast<uint8_t*>(masks[i].mutable_data_ptr()),
                                 nullptr,
                                 FloatType::kFloat32};
     if (!momenta.empty()) {
@@ -105,6 +109,30 @@ void prune_(Tensors weights, Tensors masks, Tensor k, Tensors momenta) {
   cpu::prune(masked_weights(weights, masks, momenta), counts(k, weights.size()), threads_for(weights));
 }
 
+// Packed masks for such tensors, not initialised, and where they lie.
+std::pair<Tensors, std::vector<uint8_t*>> new_masks(const Tensors& like) {
+  Tensors masks;
+  std::vector<uint8_t*> bits;
+  for (const Tensor& tensor : like) {
+    masks.push_back(torch::stable::new_empty(tensor, {packed_bytes(tensor.numel())}, ScalarType::Byte));
+    bits.push_back(static_cast<uint8_t*>(masks.back().mutable_data_ptr()));
+  }
+  return {std::move(masks), std::move(bits)};
+}
+
+Tensors pruned_masks(Tensors weights, Tensors masks, Tensor k) {
+  check_lengths(weights, masks);
+  const std::vector<cpu::Numbers> ranked = numbers(weights, "weights");
+  std::vector<const uint8_t*> among;
+  for (size_t i = 0; i < masks.size(); ++i) {
+    check_packed_mask(masks[i], weights[i].numel(), name("masks", i));
+    among.push_back(static_cast<const uint8_t*>(masks[i].const_data_ptr()));
+  }
+  const auto [pruned, bits] = new_masks(weights);
+  cpu::pruned_masks(ranked, among, counts(k, weights.size()), bits, threads_for(weights));
+  return pruned;
+}
+
 std::vector<cpu::Numbers> scores_of(const Tensors& weights, const Tensors& scores) {
   STD_TORCH_CHECK(scores.size() == weights.size(), "scores: expected one for each of the ", weights.size(),
                   " weights, got ", scores.size());
@@ -115,17 +143,6 @@ std::vector<cpu::Numbers> scores_of(const Tensors& weights, const Tensors& score
 void drop_regrow_(Tensors weights, Tensors masks, Tensors scores, double drop_fraction, Tensors momenta) {
   cpu::drop_regrow(masked_weights(weights, masks, momenta), scores_of(weights, scores), drop_fraction,
                    threads_for(weights));
-}
-
-// Packed masks for such tensors, not initialised, and where they lie.
-std::pair<Tensors, std::vector<uint8_t*>> new_masks(const Tensors& like) {
-  Tensors masks;
-  std::vector<uint8_t*> bits;
-  for (const Tensor& tensor : like) {
-    masks.push_back(torch::stable::new_empty(tensor, {packed_bytes(tensor.numel())}, ScalarType::Byte));
-    bits.push_back(static_cast<uint8_t*>(masks.back().mutable_data_ptr()));
-  }
-  return {std::move(masks), std::move(bits)};
 }
 
 Tensors prune_drop_regrow_(Tensors weights, Tensors masks, Tensors scores, Tensor k, double drop_fraction,
@@ -148,6 +165,7 @@ Tensors topk_mask(Tensors scores, Tensor k) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def("prune_(Tensor(a!)[] weights, Tensor(b!)[] masks, Tensor k, Tensor(c!)[] momenta) -> ()");
+  m.def("pruned_masks(Tensor[] weights, Tensor[] masks, Tensor k) -> Tensor[]");
   m.def(
       "drop_regrow_(Tensor(a!)[] weights, Tensor(b!)[] masks, Tensor[] scores, float drop_fraction, "
       "Tensor(c!)[] momenta) -> ()");
@@ -159,6 +177,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {
   m.impl("prune_", TORCH_BOX(&prune_));
+  m.impl("pruned_masks", TORCH_BOX(&pruned_masks));
   m.impl("drop_regrow_", TORCH_BOX(&drop_regrow_));
   m.impl("prune_drop_regrow_", TORCH_BOX(&prune_drop_regrow_));
   m.impl("topk_mask", TORCH_BOX(&topk_mask));

@@ -17,6 +17,7 @@ from granet_kernels.functional.select import (
     drop_regrow_,
     prune_,
     prune_drop_regrow_,
+    pruned_masks,
     topk_mask,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "pack_mask",
     "prune_",
     "prune_drop_regrow_",
+    "pruned_masks",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

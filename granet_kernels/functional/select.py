@@ -51,6 +51,25 @@ def prune_(
 
 
 @torch.no_grad()
+def pruned_masks(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], k: int | Sequence[int] | Tensor
+) -> list[Tensor]:
+    """The packed masks that :func:`prune_` would leave, new tensors; nothing else is written.
+
+    Args:
+        weights, masks, k: as in :func:`prune_`. What is ranked may be any score: its magnitude counts.
+
+    Raises:
+        TypeError, ValueError: as :func:`prune_`.
+    """
+    weights = tensor_list("weights", weights)
+    if not weights:
+        return []
+    counts = counts_of(k, [weight.numel() for weight in weights], weights[0].device)
+    return cast(list[Tensor], _ops.pruned_masks(weights, tensor_list("masks", masks), counts))
+
+
+@torch.no_grad()
 def drop_regrow_(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor],

@@ -54,6 +54,7 @@ OPERATORS = (
     "mask_grad",
     "masked_sgd_",
     "prune_",
+    "pruned_masks",
     "drop_regrow_",
     "prune_drop_regrow_",
     "topk_mask",

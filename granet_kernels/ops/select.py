@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from granet_kernels.backends.in_turn import in_turn
+from granet_kernels.backends.composed import in_turn
 from granet_kernels.layout import packed_length
 from granet_kernels.ops.checks import (
     check_count,
@@ -41,6 +41,18 @@ define(
     check_data=lambda weights, masks, k, momenta: check_disjoint(
         weights=weights, masks=masks, momenta=momenta
     ),
+)
+
+
+def check_pruned_masks(weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor) -> None:
+    check_prune(weights, masks, k, [])
+
+
+define(
+    "pruned_masks",
+    "(Tensor[] weights, Tensor[] masks, Tensor k) -> Tensor[]",
+    check=check_pruned_masks,
+    fake=lambda weights, masks, k: [torch.empty_like(mask) for mask in masks],
 )
 
 

@@ -248,6 +248,11 @@ def prune_cases() -> Iterator[Inputs]:
     yield "mixed-dtypes", (mixed, [full_mask(129) for _ in mixed], torch.tensor([99]), []), {}, 0
 
 
+def pruned_masks_cases() -> Iterator[Inputs]:
+    for label, (weights, masks, k, _), _, _ in prune_cases():
+        yield label, (weights, masks, k), {}, 0
+
+
 def drop_regrow_cases() -> Iterator[Inputs]:
     g = generator()
     for values in VALUES:
@@ -299,6 +304,7 @@ GENERATORS: dict[str, Callable[[], Iterator[Inputs]]] = {
     "mask_grad": mask_grad_cases,
     "masked_sgd_": masked_sgd_cases,
     "prune_": prune_cases,
+    "pruned_masks": pruned_masks_cases,
     "drop_regrow_": drop_regrow_cases,
     "prune_drop_regrow_": prune_drop_regrow_cases,
     "topk_mask": topk_mask_cases,

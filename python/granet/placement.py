@@ -22,7 +22,7 @@ from granet_kernels import (
     count_active,
     masked_layers,
     pack_mask,
-    prune_,
+    pruned_masks,
 )
 from granet_kernels.layout import full_mask
 
@@ -88,9 +88,7 @@ class Whole:
             k: over all tensors together, or one count for each. Ties and NaN as in
                 :func:`granet_kernels.prune_`.
         """
-        chosen = [mask.clone() for mask in masks]
-        prune_([score.detach().clone() for score in scores], chosen, k)
-        return chosen
+        return pruned_masks([score.detach() for score in scores], masks, k)
 
     def grow(
         self, scores: Sequence[Tensor], masks: Sequence[Tensor], counts: Sequence[int]

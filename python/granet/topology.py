@@ -61,7 +61,7 @@ class Exchange:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the operator ``drop_regrow_`` does all of it."""
+        """Whether the operators ``drop_regrow_`` and ``prune_drop_regrow_`` do all of it."""
         return (self.drop, self.redistribution, self.regrown) == ("magnitude", "none", "keep")
 
 

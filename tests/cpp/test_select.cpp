@@ -52,7 +52,9 @@ void test_all(const std::vector<size_t>& sizes, size_t types, const std::string&
     std::vector<int64_t> each;
     for (const size_t size : sizes) each.push_back(static_cast<int64_t>(size * percent / 300));
     expect(prune_agrees(state, each, parallel), "prune each " + label);
-    expect(prune_drop_regrow_agrees(state, scores, each, 0.3, parallel), "prune_drop_regrow each " + label);
+    for (const double fraction : {0.0, 0.3}) {
+      expect(prune_drop_regrow_agrees(state, scores, each, fraction, parallel), "prune_drop_regrow each " + label);
+    }
     State bare = state;
     bare.momenta.clear();
     expect(prune_agrees(bare, each, parallel), "prune without momenta " + label);

@@ -29,6 +29,7 @@ from granet_kernels.backends.cpp.select import (
     drop_regrow_,
     prune_,
     prune_drop_regrow_,
+    pruned_masks,
     topk_mask,
 )
 from granet_kernels.backends.cpp.sgd import (
@@ -51,6 +52,7 @@ __all__ = [
     "pack_mask",
     "prune_",
     "prune_drop_regrow_",
+    "pruned_masks",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

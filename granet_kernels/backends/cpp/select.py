@@ -24,6 +24,14 @@ def prune_(
         )
 
 
+def pruned_masks(weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor) -> list[Tensor]:
+    """The masks that :func:`prune_` would leave."""
+    if not weights:
+        return []
+    pruned = torch.ops.granet_cpp.pruned_masks.default(list(weights), list(masks), k.contiguous())
+    return cast(list[Tensor], pruned)
+
+
 def drop_regrow_(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor],

@@ -24,6 +24,7 @@ from granet_kernels.backends.cuda.select import (
     drop_regrow_,
     prune_,
     prune_drop_regrow_,
+    pruned_masks,
     topk_mask,
 )
 from granet_kernels.backends.cuda.sgd import (
@@ -46,6 +47,7 @@ __all__ = [
     "pack_mask",
     "prune_",
     "prune_drop_regrow_",
+    "pruned_masks",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from granet_kernels.backends.composed import in_turn, on_copies
 from granet_kernels.backends.cuda.library import HOST_RUN
-from granet_kernels.backends.in_turn import in_turn
 from granet_kernels.layout import aligned
 
 SAMPLE_FROM = 1 << 14 if HOST_RUN else 1 << 16
@@ -51,6 +51,7 @@ def drop_regrow_(
 
 
 prune_drop_regrow_ = in_turn(prune_, drop_regrow_)
+pruned_masks = on_copies(prune_)
 
 
 def topk_mask(scores: list[Tensor], k: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ from granet_kernels.backends.reference.select import (
     drop_regrow_,
     prune_,
     prune_drop_regrow_,
+    pruned_masks,
     topk_mask,
 )
 from granet_kernels.backends.reference.sgd import masked_sgd_
@@ -38,6 +39,7 @@ __all__ = [
     "pack_mask",
     "prune_",
     "prune_drop_regrow_",
+    "pruned_masks",
     "topk_mask",
     "unpack_mask",
     "zero_inactive_",

@@ -39,7 +39,15 @@ def set_mask(mask: Tensor, active: Tensor, states: Sequence[Tensor]) -> None:
 def prune_(
     weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor, momenta: Sequence[Tensor]
 ) -> None:
-    """Keep the ``k`` largest magnitudes among the active weights; zero the others and their momentum.
+    """Keep the ``k`` largest magnitudes among the active weights; zero the others and their momentum."""
+    pruned = pruned_masks(weights, masks, k)
+    for i, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+        kept = unpack_mask(pruned[i], weight.numel())
+        set_mask(mask, kept, [weight, *momenta[i : i + 1]])
+
+
+def pruned_masks(weights: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor) -> list[Tensor]:
+    """The masks of the ``k`` largest magnitudes among the active weights.
 
     ``k`` holds one count for all tensors together or one for each. Fewer than ``k`` active weights
     all stay; pruning never activates one. A NaN weight ranks above every magnitude, so that a
@@ -54,8 +62,7 @@ def prune_(
         kept = [largest(key, count) for key, count in zip(keys, counts, strict=True)]
     else:
         kept = list(largest(torch.cat(keys), counts[0]).split([key.numel() for key in keys]))
-    for i, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
-        set_mask(mask, kept[i] & was_active[i], [weight, *momenta[i : i + 1]])
+    return [pack_mask(new & old) for new, old in zip(kept, was_active, strict=True)]
 
 
 def drop_regrow_(

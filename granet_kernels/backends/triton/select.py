@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granet_kernels.backends.in_turn import in_turn
+from granet_kernels.backends.composed import in_turn, on_copies
 from granet_kernels.backends.triton.launch import DTYPES, GROUP, INTEGERS, launch
 from granet_kernels.backends.triton.select_kernels import (
     STATE,
@@ -92,6 +92,7 @@ def drop_regrow_(
 
 
 prune_drop_regrow_ = in_turn(prune_, drop_regrow_)
+pruned_masks = on_copies(prune_)
 
 
 def topk_mask(scores: Sequence[Tensor], k: Tensor) -> list[Tensor]:
