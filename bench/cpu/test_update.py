@@ -39,7 +39,7 @@ def published(tensors: Tensors, edition: Edition) -> Run:
 
 
 def ours(tensors: Tensors) -> Run:
-    """The operator that an engine's update calls, on weights and momentum."""
+    """The operator of an engine's update, on weights and momentum. A floor is a selection more."""
     weights = [weight.clone() for weight in tensors.weights]
     saved_momenta = tensors.momenta()
     momenta = [momentum.clone() for momentum in saved_momenta]
