@@ -194,7 +194,7 @@ void Chooser<Key>::for_each_search(const Visit& visit) {
   });
 }
 
-// Keys of the searches that are long enough.
+// Keys of the searches that are long enough, unless there are some.
 template <typename Key>
 void Chooser<Key>::sample() {
   struct Task {
@@ -206,7 +206,7 @@ void Chooser<Key>::sample() {
   for (size_t s = 0; s < searches_.size(); ++s) {
     const Group& group = searches_[s].group;
     runs.emplace_back(parts_.subspan(static_cast<size_t>(group.begin), static_cast<size_t>(group.end - group.begin)));
-    if (searches_[s].fate != Fate::kSearch || group.eligible <= kFew) continue;
+    if (searches_[s].fate != Fate::kSearch || group.eligible <= kFew || !searches_[s].sample.empty()) continue;
     for (int64_t begin = 0; begin < runs[s].runs(); begin += kRunsOfTask) {
       tasks.push_back({s, begin, std::min(begin + kRunsOfTask, runs[s].runs())});
     }

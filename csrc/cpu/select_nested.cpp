@@ -60,11 +60,11 @@ class Nested {
   }
 
  private:
-  // A part that is a group of its own has been looked at.
+  // A part that is a group of its own may have been sampled.
   void sample_inner() {
     const std::span<Search<Key>> outer = outer_.searches(), inner = inner_.searches();
-    if (outer.size() < inner.size()) return inner_.sample();
-    for (size_t i = 0; i < inner.size(); ++i) inner[i].sample = outer[i].sample;
+    for (size_t i = 0; outer.size() == inner.size() && i < inner.size(); ++i) inner[i].sample = outer[i].sample;
+    inner_.sample();
   }
 
   // The keys among which the outer choice most likely ends in a chunk.
