@@ -19,6 +19,7 @@ from granet_kernels.averages import (
 )
 from granet_kernels.bitmask import attached_mask, attachments_made
 from granet_kernels.functional import unpack_mask, zero_inactive_
+from granet_kernels.large_pages import gather_in_large_pages
 from granet_kernels.layout import same_layout
 from granet_kernels.ops.checks import check_average_decay
 from granet_kernels.ops.define import without_dispatcher
@@ -43,6 +44,9 @@ class MaskedSGD(torch.optim.SGD):
 
     Raises:
         ValueError: as torch.optim.SGD, and for a ``momentum_dtype`` that is not floating.
+
+    On the CPU weights and momenta are moved into large pages where they lie (Linux 6.1 and later;
+    ``GRANET_LARGE_PAGES=0`` declines), once and after each change of a mask.
 
     :meth:`average_into` lets averages of the weights (EMA) follow every step; those of masked weights
     move in the same pass.
@@ -276,6 +280,8 @@ class MaskedSGD(torch.optim.SGD):
         batches = list(masked.values())
         for batch in batches:
             self._restore_invariant(batch)
+        # Together, since many a page holds the end of one tensor and the beginning of another.
+        gather_in_large_pages([tensor for batch in batches for tensor in batch.kept()])
         averages_of_others, masks_of_others = others.masked()
         zero_inactive_(averages_of_others, masks_of_others)
         masks = [*(mask for batch in batches for mask in batch.masks), *masks_of_others]

@@ -42,6 +42,11 @@ class Batch:
         """The gradients of its parameters, which all have one."""
         return [cast(Tensor, grads[place]) for place in self.places]
 
+    def kept(self) -> list[Tensor]:
+        """What a step reads and writes and the next one finds again."""
+        momenta = [momentum for momentum in self.momenta if momentum is not None]
+        return [*self.params, *momenta, *self.averages]
+
 
 @dataclass(slots=True)
 class Others:

@@ -11,6 +11,7 @@ from bench.cpu.targets import UPDATE
 from bench.cpu.tensors import Tensors, make_tensors
 from bench.published import Edition, PublishedMasking
 from granet_kernels import prune_drop_regrow_
+from granet_kernels.large_pages import gather_in_large_pages
 
 SECONDS = 8.0
 MEASURE = "update"
@@ -39,10 +40,14 @@ def published(tensors: Tensors, edition: Edition) -> Run:
 
 
 def ours(tensors: Tensors) -> Run:
-    """The operator of an engine's update, on weights and momentum. A floor is a selection more."""
+    """The operator of an engine's update, on weights and momentum as MaskedSGD keeps them.
+
+    A floor is a selection more.
+    """
     weights = [weight.clone() for weight in tensors.weights]
     saved_momenta = tensors.momenta()
     momenta = [momentum.clone() for momentum in saved_momenta]
+    gather_in_large_pages([*weights, *momenta])
     saved = tensors.packed()
     masks = [mask.clone() for mask in saved]
     k = round(tensors.numel * (1 - SPARSITY_AFTER))
