@@ -45,8 +45,8 @@ class MaskedSGD(torch.optim.SGD):
     Raises:
         ValueError: as torch.optim.SGD, and for a ``momentum_dtype`` that is not floating.
 
-    On the CPU weights and momenta are moved into large pages where they lie (Linux 6.1 and later;
-    ``GRANET_LARGE_PAGES=0`` declines), once and after each change of a mask.
+    On the CPU masked weights, their momenta and averages are moved into large pages where they lie
+    (Linux 6.1 and later; ``GRANET_LARGE_PAGES=0`` declines), when they are new and after a mask has changed.
 
     :meth:`average_into` lets averages of the weights (EMA) follow every step; those of masked weights
     move in the same pass.
@@ -278,10 +278,10 @@ class MaskedSGD(torch.optim.SGD):
                 dtype = None if buffer is None else buffer.dtype
                 masked[param.device, param.dtype, dtype].add(place, param, buffer, mask, average)
         batches = list(masked.values())
-        for batch in batches:
-            self._restore_invariant(batch)
-        # Together, since many a page holds the end of one tensor and the beginning of another.
-        gather_in_large_pages([tensor for batch in batches for tensor in batch.kept()])
+        has_news = [self._restore_invariant(batch) for batch in batches]
+        if any(has_news):
+            # Together, since many a page holds the end of one tensor and the beginning of another.
+            gather_in_large_pages([tensor for batch in batches for tensor in batch.kept()])
         averages_of_others, masks_of_others = others.masked()
         zero_inactive_(averages_of_others, masks_of_others)
         masks = [*(mask for batch in batches for mask in batch.masks), *masks_of_others]
@@ -352,8 +352,12 @@ class MaskedSGD(torch.optim.SGD):
             average_decay=self._average_decay,
         )
 
-    def _restore_invariant(self, batch: Batch) -> None:
-        """Zero what became inactive behind our back: by hand, or by loading a mask or momentum."""
+    def _restore_invariant(self, batch: Batch) -> bool:
+        """Zero what became inactive behind our back: by hand, or by loading a mask or momentum.
+
+        Returns:
+            Whether anything of it was not seen before.
+        """
         states: list[Tensor] = []
         masks: list[Tensor] = []
         lists = zip(batch.params, batch.masks, batch.momenta, strict=True)
@@ -366,6 +370,7 @@ class MaskedSGD(torch.optim.SGD):
             states += there
             masks += [mask] * len(there)
         zero_inactive_(states, masks)
+        return bool(states)
 
 
 def _masked_grad(param: Tensor) -> Tensor:

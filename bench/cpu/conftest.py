@@ -35,6 +35,11 @@ LEDGER = pytest.StashKey[list[rows.Row]]()
 COLUMNS = pytest.StashKey[dict[str, object]]()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Steps first: our layers ask for large pages, and what torch allocates there later has them, too."""
+    items.sort(key=lambda item: item.path.name != "test_step.py")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One thread and all of them; the files add their own cases."""
     if "threads" in metafunc.fixturenames:

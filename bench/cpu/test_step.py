@@ -49,8 +49,9 @@ def pytest_generate_tests(metafunc):
 def fresh_memory():
     """No memory of an earlier race, which MaskedSGD has moved into large pages: torch does not do that."""
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
 
 
 def settled(step: Callable[[], object], measure: str = MEASURE) -> Run:

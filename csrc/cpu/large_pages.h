@@ -17,20 +17,23 @@ constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
 void prefer_large_pages(void* data, size_t bytes);
 
 struct MemoryRange {
-  uintptr_t first, last;  // behind the last byte
+  uintptr_t begin, end;
   bool operator==(const MemoryRange&) const = default;
 };
 
 // The large pages that lie in these ranges, in order. Ranges between which there is less than a small page count as
-// one: what is between two tensors of a list is a few bytes of malloc's. So no page that holds nothing of them is
+// one: what is between two tensors of a list is a few bytes of malloc's. So no small page that holds nothing of them is
 // taken.
 std::vector<MemoryRange> large_pages_of(std::vector<MemoryRange> ranges);
 
-// Asks the system to move what lies in these ranges, and has its pages already, into large pages, in place: for memory
-// that is walked through for hours. An optimizer step through weights and momenta of 102 MB each takes 0.95 of its time
-// on a Zen 4. Moving takes 20 to 50 ms for 100 MB, up to 250 where the system has to find the pages first, and 0.2 ms
-// where nothing is left to be moved. Nothing is done where the system is set to have no large pages (`never` in
-// /sys/kernel/mm/transparent_hugepage/enabled), before Linux 6.1, and with GRANET_LARGE_PAGES=0.
+// Asks the system to move these ranges into large pages, in place: for memory that is walked through for hours. An
+// optimizer step through weights and momenta of 102 MB each takes 0.95 of its time on a Zen 4. Moving takes 20 to 50 ms
+// for 100 MB, up to 250 where the system has to find the pages first, and 0.2 ms where nothing is left to be moved.
+// Where a process has forked, as for the workers of a data loader, and then writes, the system goes back to small pages
+// one by one, and the next call to large ones.
+//
+// Nothing is done where the system is set to have no large pages (`never` in
+// /sys/kernel/mm/transparent_hugepage/enabled), before Linux 6.1, and where GRANET_LARGE_PAGES was 0 at the first call.
 void gather_in_large_pages(std::vector<MemoryRange> ranges);
 
 }  // namespace granet::cpu

@@ -18,7 +18,7 @@ void check(bool holds, const char* what) {
 }
 
 std::vector<MemoryRange> in_pages(std::vector<MemoryRange> ranges) {  // of large pages' sizes
-  for (MemoryRange& range : ranges) range = {range.first * kLargePage, range.last * kLargePage};
+  for (MemoryRange& range : ranges) range = {range.begin * kLargePage, range.end * kLargePage};
   return ranges;
 }
 
@@ -47,9 +47,9 @@ void test_contents() {
     for (size_t bytes : {size_t{0}, size_t{1}, size_t{4096}, 2 * kMebi - 1, 5 * kMebi}) {
       uint8_t* data = memory.data() + offset;
       granet::cpu::prefer_large_pages(data, bytes);
-      const auto first = reinterpret_cast<uintptr_t>(data);
-      granet::cpu::gather_in_large_pages({{first, first + bytes / 3}, {first + bytes / 2, first + bytes}});
-      granet::cpu::gather_in_large_pages({{first, first + bytes}});
+      const auto begin = reinterpret_cast<uintptr_t>(data);
+      granet::cpu::gather_in_large_pages({{begin, begin + bytes / 3}, {begin + bytes / 2, begin + bytes}});
+      granet::cpu::gather_in_large_pages({{begin, begin + bytes}});
     }
   }
   for (size_t i = 0; i < memory.size(); ++i) check(memory[i] == static_cast<uint8_t>(i * 7), "a byte has changed");
