@@ -23,8 +23,15 @@ Isa isa();
 
 const char* isa_name(Isa isa);
 
-// The family of an AMD processor, 25 for Zen 4 and 26 for Zen 5; 0 of any other.
-int amd_family();
+enum class Vendor { kOther, kAmd, kIntel };
+
+// AMD's family 25 is Zen 3 and 4, 26 Zen 5; Intel's is 6.
+struct Processor {
+  Vendor vendor = Vendor::kOther;
+  int family = 0;
+};
+
+Processor processor();
 
 // The one of three functions (or tables of them) that isa() calls for.
 template <typename Choice>

@@ -43,15 +43,18 @@ Isa isa() {
   return chosen;
 }
 
-int amd_family() {
+Processor processor() {
 #if GRANET_X86
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kAuth = 0x68747541;  // "Auth" of "AuthenticAMD"
-  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0 || ebx != kAuth) return 0;
-  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
-  return static_cast<int>((eax >> 8 & 0xf) + (eax >> 20 & 0xff));
+  constexpr unsigned kAuth = 0x6874'7541, kGenu = 0x756e'6547;  // of "AuthenticAMD" and "GenuineIntel"
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0) return {};
+  const Vendor vendor = ebx == kAuth ? Vendor::kAmd : ebx == kGenu ? Vendor::kIntel : Vendor::kOther;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return {};
+  constexpr int kExtended = 15;  // the first field then says no more than that the second adds to it
+  const auto family = static_cast<int>(eax >> 8 & 0xf);
+  return {vendor, family == kExtended ? family + static_cast<int>(eax >> 20 & 0xff) : family};
 #else
-  return 0;
+  return {};
 #endif
 }
 
