@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from granet.files import replacing
 from granet_kernels import compress, densify, masked_layers, pack_mask, unpack_mask
 
 FORMATS = ("dense", "safetensors", "compressed", "onnx")
@@ -48,14 +49,15 @@ def export(model: nn.Module, form: str, path: Path, sample_shape: tuple[int, ...
     """
     if form not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
-    if form == "dense":
-        torch.save(_dense(model).state_dict(), path)
-    elif form == "compressed":
-        torch.save(compress(model).state_dict(), path)
-    elif form == "safetensors":
-        _save_compact(model, path)
-    else:
+    if form == "onnx":
         _save_onnx(_dense(model), path, sample_shape)
+    else:
+        with replacing(path) as temporary:
+            if form == "safetensors":
+                _save_compact(model, temporary)
+            else:
+                made = _dense(model) if form == "dense" else compress(model)
+                torch.save(made.state_dict(), temporary)
     return path.stat().st_size
 
 
@@ -86,7 +88,9 @@ def export_program(model: nn.Module, form: str, path: Path, sample_shape: tuple[
         made = compress(model).cpu() if form == "compressed" else _dense(model)
         sample, shapes = _sample(made, sample_shape)
         with torch.no_grad():
-            torch.export.save(torch.export.export(made, sample, dynamic_shapes=shapes), path)
+            program = torch.export.export(made, sample, dynamic_shapes=shapes)
+        with replacing(path) as temporary:
+            torch.export.save(program, temporary)
     return path.stat().st_size
 
 
@@ -184,4 +188,5 @@ def _save_onnx(dense: nn.Module, path: Path, sample_shape: tuple[int, ...]) -> N
     sample, shapes = _sample(dense, sample_shape)
     program = torch.onnx.export(dense, sample, dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None
+    # Where it belongs, at once: a large network has a second file, which the first one names.
     program.save(path, include_initializers=True)

@@ -16,8 +16,6 @@ it) with these entries:
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from granet.files import replacing
 from granet.training.config import TrainConfig, build_config, resume_conflicts
 from granet_kernels import BitMask, masked_layers
 
@@ -77,33 +76,8 @@ def save_checkpoint(path: Path, entries: Mapping[str, Any]) -> None:
     """Write `entries` to `path`: after a crash there is the old file or the new one, whole."""
     if missing := ENTRIES - entries.keys():
         raise ValueError(f"entries: expected {sorted(ENTRIES)}, got none of {sorted(missing)}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **entries}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are private, results are not
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, "version": VERSION, **entries}, temporary)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

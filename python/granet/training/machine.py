@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 import granet_kernels
+from granet.files import replacing
 from granet.host import device_name
 from granet_kernels import build_info
 from granet_kernels.choices import last_choice
@@ -84,9 +84,8 @@ def append_machine(path: Path, machine: Machine) -> None:
 
     kept = [known for known in read_machines(path) if known.step < machine.step]
     entries = [dataclasses.asdict(entry) for entry in (*kept, machine)]
-    temporary = path.with_suffix(".yaml.tmp")
-    temporary.write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
 
 
 def read_machines(path: Path) -> list[Machine]:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+from granet.files import replacing
 
 ARGS, METRICS, TOPOLOGY, SUMMARY = "args.yaml", "metrics.csv", "topology.csv", "summary.yaml"
 MACHINE, ALGORITHMS = "machine.yaml", "algorithms.csv"
@@ -106,10 +107,9 @@ def write_summary(path: Path, summary: Summary) -> None:
     """Write summary.yaml: after a crash it is there, whole, or not."""
     import yaml
 
-    temporary = path.with_suffix(".yaml.tmp")
     text = yaml.safe_dump(dataclasses.asdict(summary), sort_keys=False)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_summary(path: Path) -> Summary:
@@ -155,12 +155,13 @@ class Table:
         rows: list[dict[str, str]] = []
         if path.exists():
             rows = read_rows(path, columns, key)
-        temporary = path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if int(row[key]) <= until)
-        os.replace(temporary, path)
 
     def append(self, *rows: Any) -> None:
         """Add rows."""
