@@ -12,9 +12,15 @@ from granet.host import cpu_name, cpuinfo
 
 
 def processor() -> str:
-    """`AMD EPYC, family 26`: a virtual machine's name alone may hide the generation."""
-    family = cpuinfo("cpu family")
-    return f"{cpu_name()}, family {family}" if family else cpu_name()
+    """`AMD EPYC, family 26`: a virtual machine's name alone may hide the generation.
+
+    Intel's are all of family 6, and told apart by their model.
+    """
+    kind, field = "family", "cpu family"
+    if cpuinfo("vendor_id") == "GenuineIntel":
+        kind = field = "model"
+    number = cpuinfo(field)
+    return f"{cpu_name()}, {kind} {number}" if number else cpu_name()
 
 
 def folder_name() -> str:

@@ -11,7 +11,10 @@ from bench.cpu.effort import SPARSITIES
 from bench.cpu.rows import MISS
 from bench.cpu.targets import DENSE, SPARSEPROP
 
-FOLDER = Path(__file__).parents[1] / "results" / "cpu-amd-epyc-family-25"
+RESULTS = Path(__file__).parents[1] / "results"
+ZEN_4 = RESULTS / "cpu-amd-epyc-family-25"
+"""README.md's machine."""
+XEON = RESULTS / "cpu-intel-r-xeon-r-processor-model-207"
 FILES = ("cpu.csv", "cpu-avx2.csv")
 """With AVX-512, and with AVX2 alone; a cell has a number of each."""
 
@@ -118,9 +121,9 @@ ACCOUNTS = tuple(
 )
 
 
-def table(lines: Sequence[Line], *, floors: bool) -> list[str]:
+def table(lines: Sequence[Line], folder: Path = ZEN_4, *, floors: bool) -> list[str]:
     """Markdown, the lines below the heading; what misses its floor is bold."""
-    measured = [_read(FOLDER / name) for name in FILES]
+    measured = [_read(folder / name) for name in FILES]
     return [_markdown(line, measured, floors=floors) for line in lines]
 
 
@@ -142,4 +145,9 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*table(SPEEDUPS, floors=True), "", *table(ACCOUNTS, floors=False)]))
+    for machine in (ZEN_4, XEON):
+        speedups, accounts = (
+            table(SPEEDUPS, machine, floors=True),
+            table(ACCOUNTS, machine, floors=False),
+        )
+        print("\n".join([machine.name, *speedups, "", *accounts, ""]))
