@@ -49,6 +49,15 @@ def test_dense(tmp_path: Path, memory_format: torch.memory_format) -> None:
     assert torch.allclose(dense.eval()(IMAGES), model(IMAGES), atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["dense", "compressed"])
+def test_files_are_the_same_bytes_under_any_name(tmp_path: Path, form: str) -> None:
+    model, files = network(), [tmp_path / "net.pt", tmp_path / "net", tmp_path / ".net"]
+    for file in files:
+        export(model, form, file, (2, 5, 5))
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_safetensors(

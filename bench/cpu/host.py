@@ -14,7 +14,7 @@ from granet.host import cpu_name, cpuinfo
 def processor() -> str:
     """`AMD EPYC, family 26`: a virtual machine's name alone may hide the generation.
 
-    Intel's are all of family 6, and told apart by their model.
+    Most of Intel's are of one family, 6, and told apart by their model.
     """
     kind, field = "family", "cpu family"
     if cpuinfo("vendor_id") == "GenuineIntel":

@@ -25,7 +25,7 @@ const char* isa_name(Isa isa);
 
 enum class Vendor { kOther, kAmd, kIntel };
 
-// AMD's family 25 is Zen 3 and 4, 26 Zen 5; Intel's is 6.
+// AMD's family 25 is Zen 3 and 4, 26 Zen 5; Intel's is 6 in most.
 struct Processor {
   Vendor vendor = Vendor::kOther;
   int family = 0;

@@ -50,7 +50,7 @@ Processor processor() {
   if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0) return {};
   const Vendor vendor = ebx == kAuth ? Vendor::kAmd : ebx == kGenu ? Vendor::kIntel : Vendor::kOther;
   if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return {};
-  constexpr int kExtended = 15;  // the first field then says no more than that the second adds to it
+  constexpr int kExtended = 15;  // the second field counts where the first one is this
   const auto family = static_cast<int>(eax >> 8 & 0xf);
   return {vendor, family == kExtended ? family + static_cast<int>(eax >> 20 & 0xff) : family};
 #else

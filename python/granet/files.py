@@ -13,9 +13,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the place of ``path`` when the block ends.
 
     After a crash or a power cut there is the old file or the new one. A process that is killed
-    meanwhile leaves ``.tmp-NAME`` behind, which the next one to write the file overwrites.
+    meanwhile leaves ``tmp-NAME`` behind, which the next one to write the file overwrites: one writes
+    it at a time.
     """
-    temporary = path.with_name(f".tmp-{path.name}")  # torch.export.save looks at the suffix
+    # torch.save calls the folder in its archive by the name before the suffix, which must not be
+    # empty, and torch.export.save looks at the suffix.
+    temporary = path.with_name(f"tmp-{path.name}")
     try:
         yield temporary
         _sync(temporary)

@@ -57,7 +57,8 @@ def export(model: nn.Module, form: str, path: Path, sample_shape: tuple[int, ...
                 _save_compact(model, temporary)
             else:
                 made = _dense(model) if form == "dense" else compress(model)
-                torch.save(made.state_dict(), temporary)
+                with temporary.open("wb") as file:  # for a path the archive has its name inside
+                    torch.save(made.state_dict(), file)
     return path.stat().st_size
 
 

@@ -76,8 +76,8 @@ def save_checkpoint(path: Path, entries: Mapping[str, Any]) -> None:
     """Write `entries` to `path`: after a crash there is the old file or the new one, whole."""
     if missing := ENTRIES - entries.keys():
         raise ValueError(f"entries: expected {sorted(ENTRIES)}, got none of {sorted(missing)}")
-    with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **entries}, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, "version": VERSION, **entries}, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

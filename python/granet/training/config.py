@@ -29,6 +29,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from granet.files import replacing
 from granet.methods import METHODS
 from granet.training.explain import explain
 from granet.training.method_arguments import ARGUMENTS, method_parameters
@@ -307,7 +308,8 @@ def build_config(*layers: Mapping[str, object]) -> TrainConfig:
 def write_config_file(path: Path, config: TrainConfig) -> None:
     """Write every field as YAML; `read_config_file` gives it back."""
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def resume_conflicts(saved: TrainConfig, current: TrainConfig) -> list[str]:
