@@ -16,9 +16,7 @@ def replacing(path: Path) -> Iterator[Path]:
     meanwhile leaves ``tmp-NAME`` behind, which the next one to write the file overwrites: one writes
     it at a time.
     """
-    # torch.save calls the folder in its archive by the name before the suffix, which must not be
-    # empty, and torch.export.save looks at the suffix.
-    temporary = path.with_name(f"tmp-{path.name}")
+    temporary = path.with_name(f"tmp-{path.name}")  # torch.export.save looks at the suffix
     try:
         yield temporary
         _sync(temporary)

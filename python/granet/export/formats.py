@@ -13,7 +13,6 @@ needs no code of the model; or as ONNX.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,16 +108,14 @@ def _dense(model: nn.Module) -> nn.Module:
 
 def _save_compact(model: nn.Module, path: Path) -> None:
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise ImportError(
             f"format: 'safetensors' needs the package safetensors ({error})"
         ) from error
     tensors, shapes = compacted(model)
-    save_file(tensors, path, metadata={META: json.dumps(shapes)})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors' files are private, results are not
+    # Not save_file, whose files only their owner may read.
+    path.write_bytes(save(tensors, metadata={META: json.dumps(shapes)}))
 
 
 def compacted(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
