@@ -44,8 +44,8 @@ static_assert(kAveragedAtOnce % kWordGroups == 0);
 // Whether the lines of every group are fetched ahead: the processor's own prefetchers stop at the end of each page. On
 // a Zen 4 one thread takes 1.16 of the time of torch's fused step with it and 1.03 without. On a Zen 5 it takes 0.97
 // with it; without was not measured there. On a Xeon (Emerald Rapids) with AVX2 at 80 to 95 % sparsity it takes 0.93
-// with it and 1.06 without on one thread, 0.88 and 0.97 on two; with AVX-512 as long, 0.94 and 0.89: in processes in
-// turn. No other of Intel's was at hand.
+// with it and 1.05 without on one thread, 0.89 and 1.01 on two; with AVX-512 as long, 0.90 and 0.88. No other of
+// Intel's was at hand.
 bool fetches_ahead() {
   constexpr int kZen5 = 26;
   static const Processor here = processor();
