@@ -1,11 +1,11 @@
 #include "cpu/active.h"
 
-#include <array>
+#include <algorithm>
 
 #include "common/bfloat16.h"
 #include "common/isa.h"
 #include "common/prefetch.h"
-#include "cpu/stream.h"
+#include "cpu/active_tables.h"
 
 namespace granet::cpu {
 namespace {
@@ -15,7 +15,7 @@ constexpr int64_t kGathered = 4096;  // values that a thread takes at once
 // out of all caches, 95 and 98 % of them inactive, on one thread: 0.68 and 0.39 ms into the first level of caches, 0.47
 // and 0.23 into the second, which has more lines under way.
 constexpr int64_t kGatheredAhead = 192;
-constexpr int64_t kSpread = int64_t{1} << 16;  // weights that are cleared, and then written, while in the cache
+constexpr int64_t kSpreadWords = 1024;  // words of the mask, whose weights a thread writes at once
 
 template <typename Type, typename Convert>
 void gather_piece(const Type* source, const Convert& convert, const Positions& at, int64_t first, int64_t end,
@@ -32,46 +32,38 @@ void gather_piece(const Type* source, const Convert& convert, const Positions& a
 // Gradients from here on are written past the caches: no layer's stays there until the optimizer reads it.
 constexpr int64_t kLargeGradient = int64_t{4} << 20;  // bytes
 
-const StreamKernels& stream_kernels() {
-  return *GRANET_FOR_ISA(&stream_kernels_portable, &stream_kernels_avx2, &stream_kernels_avx512);
+const ActiveKernels& active_kernels() {
+  return *GRANET_FOR_ISA(&active_kernels_portable, &active_kernels_avx2, &active_kernels_avx512);
 }
 
-// A block is put together in the first-level cache. 2 million weights, 95 % of them inactive, out of all caches: 0.14
-// ms for 0.38 of clearing them and writing the active ones.
+// The first active one at or behind a weight.
+int64_t first_at(const Active& active, int64_t weight) {
+  return std::lower_bound(active.positions, active.positions + active.count, weight) - active.positions;
+}
+
+// The weights behind the last whole word of the mask.
 template <typename Type, typename Convert>
-void stream_piece(const Convert& convert, const float* values, const int32_t* positions, int64_t count, int64_t first,
-                  int64_t end, Type* target) {
-  constexpr int64_t kBlock = 4096 / sizeof(Type);
-  alignas(kStreamBytes) std::array<Type, kBlock> block{};
-  int64_t i = std::lower_bound(positions, positions + count, first) - positions;
-  for (; first < end; first += kBlock) {
-    const int64_t length = std::min(kBlock, end - first);
-    const int64_t from = i;
-    for (; i < count && positions[i] < first + length; ++i) block[positions[i] - first] = convert(values[i]);
-    if (length == kBlock) {
-      stream_kernels().copy(block.data(), kBlock * sizeof(Type), target + first);
-    } else {
-      std::memcpy(target + first, block.data(), static_cast<size_t>(length) * sizeof(Type));
-    }
-    for (int64_t k = from; k < i; ++k) block[positions[k] - first] = 0;  // clearing all of it takes longer
+void spread_rest(const Convert& convert, const float* values, const Active& active, int64_t first, Type* target) {
+  std::fill(target + first, target + active.weights, Type{});
+  for (int64_t i = first_at(active, first); i < active.count && active.positions[i] < active.weights; ++i) {
+    target[active.positions[i]] = convert(values[i]);
   }
-  stream_kernels().drain();
 }
 
 template <typename Type, typename Convert>
-void spread_as(const Convert& convert, const float* values, const int32_t* positions, int64_t count, void* gradient,
-               int64_t weights, const Parallel& parallel) {
+void spread_as(const Convert& convert, void (*kernel)(const SpreadTask&), const float* values, const Active& active,
+               void* gradient, const Parallel& parallel) {
   auto* target = static_cast<Type*>(gradient);
-  const bool streams = weights * static_cast<int64_t>(sizeof(Type)) >= kLargeGradient &&
-                       reinterpret_cast<uintptr_t>(gradient) % kStreamBytes == 0;
-  parallel.for_each(ceil_div(weights, kSpread), [&](int64_t piece) {
-    const int64_t first = piece * kSpread;
-    const int64_t end = std::min(weights, first + kSpread);
-    if (streams) return stream_piece(convert, values, positions, count, first, end, target);
-    std::memset(target + first, 0, static_cast<size_t>(end - first) * sizeof(Type));
-    int64_t i = std::lower_bound(positions, positions + count, first) - positions;
-    for (; i < count && positions[i] < end; ++i) target[positions[i]] = convert(values[i]);
+  const bool streams = active.weights * static_cast<int64_t>(sizeof(Type)) >= kLargeGradient &&
+                       reinterpret_cast<uintptr_t>(gradient) % kStreamAlignment == 0;
+  const int64_t words = active.weights / kWordWeights;
+  parallel.for_each(ceil_div(words, kSpreadWords), [&](int64_t piece) {
+    const int64_t word = piece * kSpreadWords, first = word * kWordWeights;
+    kernel({values + first_at(active, first), values + active.count,
+            active.mask + word * (kWordWeights / kWeightsPerByte), std::min(kSpreadWords, words - word), target + first,
+            streams});
   });
+  spread_rest(convert, values, active, words * kWordWeights, target);
 }
 
 }  // namespace
@@ -100,12 +92,13 @@ void gather(const void* source, Element element, const Positions& at, bool to_bf
   });
 }
 
-void spread(const float* values, const int32_t* positions, int64_t count, void* gradient, Element element,
-            int64_t weights, const Parallel& parallel) {
+void spread(const float* values, const Active& active, void* gradient, Element element, const Parallel& parallel) {
   if (element == Element::kBFloat16) {
-    return spread_as<uint16_t>(float_to_bfloat16, values, positions, count, gradient, weights, parallel);
+    return spread_as<uint16_t>(float_to_bfloat16, active_kernels().spread_to_bfloat16, values, active, gradient,
+                               parallel);
   }
-  spread_as<float>([](float value) { return value; }, values, positions, count, gradient, weights, parallel);
+  const auto same = [](float value) { return value; };
+  spread_as<float>(same, active_kernels().spread_to_float, values, active, gradient, parallel);
 }
 
 }  // namespace granet::cpu

@@ -45,8 +45,15 @@ constexpr double kFetchNanoseconds = 5;
 void gather(const void* source, Element element, const Positions& at, bool to_bfloat16, float* values,
             const Parallel& parallel);
 
-// gradient (`weights` elements) = values[i] at positions[i], which rise, and 0 elsewhere.
-void spread(const float* values, const int32_t* positions, int64_t count, void* gradient, Element element,
-            int64_t weights, const Parallel& parallel);
+// Those of a mask of `weights` bits, which `positions` lists.
+struct Active {
+  const uint8_t* mask;
+  int64_t weights;
+  const int32_t* positions;
+  int64_t count;
+};
+
+// gradient (as many elements as there are weights) = the next value for each active one in turn, and 0 elsewhere.
+void spread(const float* values, const Active& active, void* gradient, Element element, const Parallel& parallel);
 
 }  // namespace granet::cpu

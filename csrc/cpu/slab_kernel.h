@@ -24,38 +24,6 @@ Floats load_part(const PackedVector& part, const Value* source) {
   return evens(load_first(source, kLanes), load_first(source + kLanes, kLanes));
 }
 
-#if GRANET_AVX2 && !GRANET_AVX512
-// For each set of lanes, which of the elements that are put into them each one takes, in their order.
-struct Expansions {
-  int8_t element[256][8];
-};
-constexpr Expansions expansions() {
-  Expansions table{};
-  for (int lanes = 0; lanes < 256; ++lanes) {
-    int8_t next = 0;
-    for (int lane = 0; lane < 8; ++lane) table.element[lanes][lane] = (lanes >> lane & 1) != 0 ? next++ : int8_t{-1};
-  }
-  return table;
-}
-constexpr Expansions kExpansions = expansions();
-#endif
-
-// Elements in the lanes that they are for.
-inline Floats expanded(Floats vector, Floats elements, uint32_t lanes) {
-#if GRANET_AVX512
-  return Floats(_mm512_mask_expand_ps(vector, static_cast<__mmask16>(lanes), elements));
-#elif GRANET_AVX2
-  const __m256i element = _mm256_cvtepi8_epi32(_mm_loadu_si64(kExpansions.element[lanes]));
-  const __m256 placed = _mm256_permutevar8x32_ps(elements, element);
-  return Floats(_mm256_blendv_ps(placed, vector, _mm256_castsi256_ps(element)));
-#else
-  for (int64_t lane = 0, next = 0; lane < kLanes; ++lane) {
-    if ((lanes >> lane & 1) != 0) vector[lane] = elements[next++];
-  }
-  return vector;
-#endif
-}
-
 template <typename Value, int64_t kStep>
 void pack_rows_of(const PackRows& task) {
   constexpr uint32_t kAll = (1u << kLanes) - 1;

@@ -77,8 +77,9 @@ Tensor spread_sums(const WeightSums& found, const Tensor& weight, const Tensor& 
   }
   const Tensor gradient = memory.has_value() ? *memory : torch::stable::empty_like(weight);
   prefer_large_pages(gradient);
-  cpu::spread(found.sums, static_cast<const int32_t*>(known.positions.const_data_ptr()), count,
-              gradient.mutable_data_ptr(), element_of(gradient, "gradient"), shape.weights(),
+  const cpu::Active active = {static_cast<const uint8_t*>(known.bits.const_data_ptr()), shape.weights(),
+                              static_cast<const int32_t*>(known.positions.const_data_ptr()), count};
+  cpu::spread(found.sums, active, gradient.mutable_data_ptr(), element_of(gradient, "gradient"),
               TorchThreads(static_cast<double>(shape.weights()) * 0.2 + static_cast<double>(count)));
   return gradient;
 }

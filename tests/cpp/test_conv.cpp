@@ -251,8 +251,8 @@ void check(const Problem& p, const Parallel& parallel) {
   for (size_t w = 0; w < products.size(); ++w) products[w] = p.weight[w] == 0.0f ? 0.0f : products[w];
   const auto expect_weight_gradient = [&](const char* what) {
     Floats spread_gradient(products.size(), 7.0f);
-    spread(gradient.data(), forward.positions.data(), count, spread_gradient.data(), Element::kFloat32, s.weights(),
-           parallel);
+    spread(gradient.data(), {p.mask.data(), s.weights(), forward.positions.data(), count}, spread_gradient.data(),
+           Element::kFloat32, parallel);
     expect_close(what, spread_gradient, products, p);
   };
   expect_weight_gradient("gradient of the weight");
@@ -271,13 +271,15 @@ void check(const Problem& p, const Parallel& parallel) {
 
 // Gradients on both sides of the size from which they are written past the caches, aligned or not.
 template <typename Type>
-void check_spread(Element element, int64_t weights, int64_t offset, const Parallel& parallel) {
+void check_spread(Element element, int64_t weights, double density, int64_t offset, const Parallel& parallel) {
+  std::vector<uint8_t> mask(static_cast<size_t>(mask_bytes(weights)));
   std::vector<int32_t> positions;
   Floats values;
   std::vector<Type> expected(static_cast<size_t>(weights));
-  std::bernoulli_distribution active(0.03);
+  std::bernoulli_distribution active(density);
   for (int64_t i = 0; i < weights; ++i) {
     if (!active(generator)) continue;
+    mask[static_cast<size_t>(i / 8)] |= static_cast<uint8_t>(1 << i % 8);
     positions.push_back(static_cast<int32_t>(i));
     values.push_back(static_cast<float>(i % 251 + 1));  // exact in bfloat16
     expected[static_cast<size_t>(i)] = element == Element::kFloat32
@@ -289,7 +291,7 @@ void check_spread(Element element, int64_t weights, int64_t offset, const Parall
   size_t space = memory.size() * sizeof(Type);
   auto* target = static_cast<Type*>(std::align(64, expected.size() * sizeof(Type), start, space)) + offset;
   const auto count = static_cast<int64_t>(positions.size());
-  spread(values.data(), positions.data(), count, target, element, weights, parallel);
+  spread(values.data(), {mask.data(), weights, positions.data(), count}, target, element, parallel);
   const bool is_right = std::memcmp(target, expected.data(), expected.size() * sizeof(Type)) == 0;
   if (!is_right || target[weights] != Type{7}) {
     ++failures;
@@ -309,10 +311,30 @@ void check_spread(Element element, int64_t weights, int64_t offset, const Parall
 void test_spread_and_gather() {
   constexpr int64_t kLarge = int64_t{1} << 20;  // floats
   for (const int64_t weights : {int64_t{1}, int64_t{1000}, kLarge - 1, kLarge, kLarge + 65537}) {
-    for (const int64_t offset : {0, 1}) {
-      check_spread<float>(Element::kFloat32, weights, offset, StdThreads(1 + weights % 3));
-      check_spread<uint16_t>(Element::kBFloat16, 2 * weights, offset, StdThreads(1 + offset));
+    for (const double density : {0.03, 0.5, 1.0}) {
+      for (const int64_t offset : {0, 1}) {
+        check_spread<float>(Element::kFloat32, weights, density, offset, StdThreads(1 + weights % 3));
+        check_spread<uint16_t>(Element::kBFloat16, 2 * weights, density, offset, StdThreads(1 + offset));
+      }
     }
+  }
+}
+
+// A mask with more bits than there are values, as only a wrong call has: none behind the last is read.
+void test_spread_of_too_few_values() {
+  constexpr int64_t kWeights = 256;
+  const std::vector<uint8_t> mask(static_cast<size_t>(mask_bytes(kWeights)), kAllActive);
+  for (int64_t count = 0; count < kWeights; ++count) {
+    const Floats values(static_cast<size_t>(count), 1.0f);
+    std::vector<int32_t> positions(values.size());
+    for (int64_t i = 0; i < count; ++i) positions[static_cast<size_t>(i)] = static_cast<int32_t>(i);
+    Floats gradient(kWeights, 7.0f), expected(kWeights);
+    std::fill_n(expected.begin(), count, 1.0f);
+    spread(values.data(), {mask.data(), kWeights, positions.data(), count}, gradient.data(), Element::kFloat32,
+           StdThreads(1));
+    if (gradient == expected) continue;
+    ++failures;
+    std::printf("FAILED: spread of %lld values over more bits\n", static_cast<long long>(count));
   }
 }
 
@@ -362,6 +384,7 @@ void test_every_way_to_read() {
 int main() {
   test_every_way_to_read();
   test_spread_and_gather();
+  test_spread_of_too_few_values();
   for (int i = 0; i < 10; ++i) test_threads_change_nothing();
   if (failures == 0) std::printf("conv: all passed\n");
   return failures == 0 ? 0 : 1;

@@ -3,11 +3,11 @@
 #if GRANET_X86
 #include "common/target_avx512.h"
 
-#include "cpu/stream_kernel.h"
+#include "cpu/active_kernel.h"
 
 namespace granet::cpu {
 
-const StreamKernels stream_kernels_avx512 = avx512::kStreamKernels;
+const ActiveKernels active_kernels_avx512 = avx512::kActiveKernels;
 
 }  // namespace granet::cpu
 
