@@ -311,7 +311,7 @@ void check_spread(Element element, int64_t weights, double density, int64_t offs
 void test_spread_and_gather() {
   constexpr int64_t kLarge = int64_t{1} << 20;  // floats
   for (const int64_t weights : {int64_t{1}, int64_t{1000}, kLarge - 1, kLarge, kLarge + 65537}) {
-    for (const double density : {0.03, 0.5, 1.0}) {
+    for (const double density : {0.0, 0.03, 0.5, 1.0}) {
       for (const int64_t offset : {0, 1}) {
         check_spread<float>(Element::kFloat32, weights, density, offset, StdThreads(1 + weights % 3));
         check_spread<uint16_t>(Element::kBFloat16, 2 * weights, density, offset, StdThreads(1 + offset));
