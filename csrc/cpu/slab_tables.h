@@ -56,7 +56,7 @@ constexpr int64_t kMostPixels = 8;  // of a piece
 // interleaved.
 struct Piece {
   const Run* images;  // one run for each
-  int64_t first;      // element of these runs
+  int64_t first;      // floats behind where each of them begins
   int64_t count;
   int64_t positions[kMostPixels];  // of the first image's, in the sums
 };

@@ -74,9 +74,22 @@ struct Problem {
   std::vector<uint8_t> mask;
 };
 
+// Random weights, and a random mask.
+Problem problem_of(const ConvShape& s) {
+  Problem p{.shape = s, .weight = random_floats(s.weights()), .mask = {}};
+  std::bernoulli_distribution active(static_cast<double>(pick({0, 1, 3, 10})) / 10);
+  std::vector<uint8_t> bits(p.weight.size());
+  for (size_t i = 0; i < bits.size(); ++i) {
+    bits[i] = active(generator);
+    if (!bits[i]) p.weight[i] = 0.0f;
+  }
+  p.mask.resize(static_cast<size_t>(mask_bytes(s.weights())));
+  pack_mask(bits.data(), s.weights(), p.mask.data());
+  return p;
+}
+
 Problem random_problem() {
-  Problem p{};
-  ConvShape& s = p.shape;
+  ConvShape s{};
   s.groups = pick({1, 1, 2, 3});
   s.batch = pick({1, 2, 5, 8, 16, 17});
   s.channels = s.groups * pick({1, 3, 8, 13});
@@ -93,16 +106,7 @@ Problem random_problem() {
   }
   s.input = {(s.kernel.h - 1) * s.dilation.h + pick({1, 2, 7, 15}),
              (s.kernel.w - 1) * s.dilation.w + pick({1, 4, 9, 14, 22, 37})};
-  p.weight = random_floats(s.weights());
-  std::bernoulli_distribution active(static_cast<double>(pick({0, 1, 3, 10})) / 10);
-  std::vector<uint8_t> bits(p.weight.size());
-  for (size_t i = 0; i < bits.size(); ++i) {
-    bits[i] = active(generator);
-    if (!bits[i]) p.weight[i] = 0.0f;
-  }
-  p.mask.resize(static_cast<size_t>(mask_bytes(s.weights())));
-  pack_mask(bits.data(), s.weights(), p.mask.data());
-  return p;
+  return problem_of(s);
 }
 
 // multiply(weight, input element, output element) for every product of a convolution.
@@ -379,10 +383,31 @@ void test_every_way_to_read() {
   std::printf("FAILED: %d pointwise and %d other problems read in place, %d packed\n", places[0], places[1], places[2]);
 }
 
+// As many small images as a vector has lanes and more, of which even and odd columns are unpacked at once.
+void test_strides_of_interleaved_images() {
+  for (const int64_t side : {1, 2, 4, 7, 8, 9, 15}) {
+    for (const int64_t kernel : {1, 3}) {
+      for (const int64_t batch : {16, 33}) {
+        check(problem_of({.batch = batch,
+                          .channels = 5,
+                          .out_channels = 7,
+                          .input = {side, side},
+                          .kernel = {kernel, kernel},
+                          .stride = {2, 2},
+                          .padding = {kernel / 2, kernel / 2},
+                          .dilation = {1, 1},
+                          .groups = 1}),
+              Serial());
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test_every_way_to_read();
+  test_strides_of_interleaved_images();
   test_spread_and_gather();
   test_spread_of_too_few_values();
   for (int i = 0; i < 10; ++i) test_threads_change_nothing();
