@@ -15,8 +15,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 ZEN_4 = RESULTS / "cpu-amd-epyc-family-25"
 """README.md's machine."""
 XEON = RESULTS / "cpu-intel-r-xeon-r-processor-model-207"
-FILES = ("cpu.csv", "cpu-avx2.csv")
-"""With AVX-512, and with AVX2 alone; a cell has a number of each."""
+RUNS = {
+    ZEN_4: (("cpu.csv",), ("cpu-avx2.csv",)),
+    XEON: (("cpu.csv", "cpu-linear.csv"), ("cpu-avx2.csv", "cpu-linear-avx2.csv")),
+}
+"""With AVX-512, and with AVX2 alone; a cell has a number of each. A later run's rows replace the same of an
+earlier one."""
 
 ERK = "erk"
 CONV, LINEAR, BATCH_1 = "geometric mean of 24", "geometric mean of 8", "geometric mean of 14"
@@ -44,7 +48,7 @@ class Line:
     floor: str = ""
 
     def rows(self, measured: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-        """Of one file, by sparsity; uniform masks."""
+        """Of one instruction set, by sparsity, the latest; uniform masks."""
         wanted = {
             name: str(getattr(self, name))
             for name in ("group", "case", "measure", "threads", "ours", "baseline")
@@ -123,13 +127,13 @@ ACCOUNTS = tuple(
 
 def table(lines: Sequence[Line], folder: Path = ZEN_4, *, floors: bool) -> list[str]:
     """Markdown, the lines below the heading; what misses its floor is bold."""
-    measured = [_read(folder / name) for name in FILES]
+    measured = [[row for name in names for row in _read(folder / name)] for names in RUNS[folder]]
     return [_markdown(line, measured, floors=floors) for line in lines]
 
 
 def _markdown(line: Line, measured: Sequence[list[dict[str, str]]], *, floors: bool) -> str:
-    by_file = [line.rows(rows) for rows in measured]
-    cells = ["; ".join(map(_cell, of_files)) for of_files in zip(*by_file, strict=True)]
+    by_isa = [line.rows(rows) for rows in measured]
+    cells = ["; ".join(map(_cell, at_sparsity)) for at_sparsity in zip(*by_isa, strict=True)]
     text = "| " + " | ".join([line.label, *cells, *([line.floor] if floors else [])]) + " |"
     return text.replace("|  |", "| |")
 
@@ -145,7 +149,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    for machine in (ZEN_4, XEON):
+    for machine in RUNS:
         speedups, accounts = (
             table(SPEEDUPS, machine, floors=True),
             table(ACCOUNTS, machine, floors=False),

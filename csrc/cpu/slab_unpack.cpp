@@ -31,8 +31,8 @@ std::vector<Piece> pieces_of(const Runs& runs, int64_t position, int64_t count) 
   return pieces;
 }
 
-// The same of even and odd columns in turn, the sums of the latter `apart` floats behind: 0.65 to 0.9 of a backward pass
-// that unpacked them element by element, 3x3 and 1x1 layers of stride 2 at 16 x 16 and 8 x 8.
+// The same of even and odd columns in turn, the sums of the latter `apart` floats behind: 0.65 to 0.9 of a backward
+// pass that unpacked them element by element, 3x3 and 1x1 layers of stride 2 at 16 x 16 and 8 x 8.
 std::vector<Piece> pieces_of_columns(const Runs& even, const Runs& odd, int64_t apart, int64_t position,
                                      int64_t count) {
   std::vector<Piece> pieces;
