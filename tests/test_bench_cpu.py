@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: `bench` is not installed, everything else is
 
-from bench.cpu import account, layers, rows, shapes, summary, targets, verdict  # noqa: E402
+from bench.cpu import account, host, layers, rows, shapes, summary, targets, verdict  # noqa: E402
 from bench.cpu.effort import FULL, QUICK  # noqa: E402
 from bench.cpu.race import Contender, Race  # noqa: E402
 from bench.cpu.targets import Target  # noqa: E402
@@ -281,14 +281,37 @@ def test_a_quick_group(tmp_path):
 # --- what is published ----------------------------------------------------------------------------
 
 
+def section(page: str, heading: str) -> str:
+    """From a heading to the next one, of whatever level."""
+    return (ROOT / page).read_text().split(f"\n{heading}\n")[1].split("\n#")[0]
+
+
 def test_the_tables_of_the_documentation_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text().splitlines()
-    page = (ROOT / "docs" / "performance.md").read_text().splitlines()
-    for line in summary.table(summary.SPEEDUPS, floors=True):
-        assert line in readme
-        assert line in page
-    for machine in (summary.ZEN_4, summary.XEON):
-        for line in summary.table(summary.ACCOUNTS, machine, floors=False):
-            assert line in page
-    for line in summary.table(summary.SPEEDUPS, summary.XEON, floors=True):
-        assert line in page
+    page = "docs/performance.md"
+    speedups, accounts = (
+        {
+            machine: "\n".join(summary.table(lines, machine, floors=floors))
+            for machine in summary.RUNS
+        }
+        for lines, floors in ((summary.SPEEDUPS, True), (summary.ACCOUNTS, False))
+    )
+    assert speedups[summary.ZEN_4] in section("README.md", "## How fast it is")
+    assert speedups[summary.ZEN_4] in section(page, "## On a CPU")
+    assert accounts[summary.ZEN_4] in section(page, "### Accounts")
+    assert speedups[summary.XEON] in section(page, "### On a Xeon")
+    assert accounts[summary.XEON] in section(page, "### On a Xeon")
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "model": "207"}, "model 207"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "model": "2"}, "family 26"),
+    ],
+)
+def test_a_processor_is_told_apart_from_others_of_its_maker(monkeypatch, found, named):
+    monkeypatch.setattr(host, "cpu_name", lambda: "Some Processor")
+    monkeypatch.setattr(host, "cpuinfo", found.get)
+    assert host.processor() == f"Some Processor, {named}"
+    monkeypatch.setattr(host, "cpuinfo", lambda field: "")
+    assert host.processor() == "Some Processor"
