@@ -17,7 +17,10 @@ ZEN_4 = RESULTS / "cpu-amd-epyc-family-25"
 XEON = RESULTS / "cpu-intel-r-xeon-r-processor-model-207"
 RUNS = {
     ZEN_4: (("cpu.csv",), ("cpu-avx2.csv",)),
-    XEON: (("cpu.csv", "cpu-linear.csv"), ("cpu-avx2.csv", "cpu-linear-avx2.csv")),
+    XEON: (
+        ("cpu.csv", "cpu-linear.csv", "cpu-training.csv"),
+        ("cpu-avx2.csv", "cpu-linear-avx2.csv", "cpu-training-avx2.csv"),
+    ),
 }
 """With AVX-512, and with AVX2 alone; a cell has a number of each. A later run's rows replace the same of an
 earlier one."""

@@ -45,8 +45,9 @@ int64_t first_at(const Active& active, int64_t weight) {
 template <typename Type, typename Convert>
 void spread_rest(const Convert& convert, const float* values, const Active& active, int64_t first, Type* target) {
   std::fill(target + first, target + active.weights, Type{});
-  for (int64_t i = first_at(active, first); i < active.count && active.positions[i] < active.weights; ++i) {
-    target[active.positions[i]] = convert(values[i]);
+  for (int64_t i = first_at(active, first); i < active.count; ++i) {
+    const int64_t at = active.positions[i];
+    if (first <= at && at < active.weights) target[at] = convert(values[i]);
   }
 }
 

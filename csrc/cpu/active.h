@@ -1,4 +1,5 @@
-// The active weights of a mask as a list in storage order, and a weight and its gradient read and written through it.
+// The active weights of a mask as a list in storage order, a weight read through it, and a gradient written by the
+// mask.
 //
 // Both are dense tensors of which few elements are wanted: what takes time is the cache lines that those lie in, so
 // they are visited in the order of memory, and put into the order of a stencil's entries in a list of the active ones.
@@ -45,7 +46,7 @@ constexpr double kFetchNanoseconds = 5;
 void gather(const void* source, Element element, const Positions& at, bool to_bfloat16, float* values,
             const Parallel& parallel);
 
-// Those of a mask of `weights` bits, which `positions` lists.
+// The active ones of as many weights as a mask has bits, and their positions, which rise.
 struct Active {
   const uint8_t* mask;
   int64_t weights;

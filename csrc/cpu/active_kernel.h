@@ -33,7 +33,7 @@ void clear_word(Type* target) {
   for (int64_t i = 0; i < kWordWeights; i += kLanes) put<kStreams>(target + i, Floats{});
 }
 
-// A word's weights, of which few are active, or none: nothing from `end` on is read. Values behind theirs.
+// A word's weights, value by value: nothing from `end` on is read. Returns the values behind theirs.
 template <bool kStreams, typename Type>
 const float* spread_singly(uint64_t bits, const float* values, const float* end, Type* target) {
   if (bits == 0) return clear_word<kStreams>(target), values;
@@ -43,11 +43,11 @@ const float* spread_singly(uint64_t bits, const float* values, const float* end,
 }
 
 #if GRANET_AVX2
-// The same, and up to a vector more is read than they are.
+// The same, vector by vector: some of the kWordWeights values from the first on are read.
 template <bool kStreams, typename Type>
 const float* spread_word(uint64_t bits, const float* values, Type* target) {
 #pragma GCC unroll 8
-  for (int64_t i = 0; i < kWordWeights; i += kLanes, bits >>= kLanes - 1, bits >>= 1) {
+  for (int64_t i = 0; i < kWordWeights; i += kLanes, bits >>= kLanes) {
     const auto lanes = static_cast<uint32_t>(bits & ((uint64_t{1} << kLanes) - 1));
     put<kStreams>(target + i, expanded(Floats{}, load(values), lanes));
     values += __builtin_popcount(lanes);
@@ -70,7 +70,7 @@ void spread_words(const SpreadTask& task) {
     uint64_t bits;
     __builtin_memcpy(&bits, task.mask + word * sizeof bits, sizeof bits);
 #if GRANET_AVX2
-    if (task.end - values >= kWordWeights + kLanes) {
+    if (task.end - values >= kWordWeights) {
       values = spread_word<kStreams>(bits, values, target);
       continue;
     }

@@ -139,19 +139,20 @@ Plan plan_in_place(const Stencil& s, int64_t entries) {
 // with 115 and 1.15 with 230; of 8 x 8 as long with 46 and twice as long of 4 x 4. With AVX2 it hardly matters: 0.97
 // with 46 products and 1.03 with 230.
 //
-// With a stride of 2, even and odd columns are packed apart, and unpacked in pairs (slab.h), which alone fill vectors:
-// one by one, 14 columns took 0.7 to 0.9 of the time, 28 of them 0.5 to 0.9. On a Xeon with AVX-512, 8 columns of 3 x 3
-// and 1 x 1 layers took 0.5 to 0.8 forward and 0.6 to 0.8 backward with up to 57 products, as long with 115; 4 columns
-// of 3 x 3 layers 1.4 to 2.5 times as long. With AVX2, whose slabs of interleaved images are half as large, 8 columns
-// took 0.75 to 1.2 forward and 0.8 to 1.1 backward.
+// With a stride of 2, even and odd columns are packed apart and unpacked in pairs (slab.h), so that those of a single
+// image fill vectors too. Image by image, 14 columns of a grid took 0.7 to 0.9 of the time, 28 of them 0.5 to 0.9. On a
+// Xeon with AVX-512, 8 columns of 3 x 3 layers took 0.65 to 0.85 forward and 0.6 to 0.8 backward with up to 57
+// products, as long with 115, and of 1 x 1 layers half as long; 4 columns of 3 x 3 layers 1.4 to 2.5 times as long.
+// With AVX2, whose slabs of interleaved images are half as large, 8 columns took 0.75 to 1.2 forward and 0.8 to 1.1
+// backward. On a Zen 4, 8 and 4 columns were measured only while interleaved ones were unpacked element by element.
 bool interleaves(const Stencil& s, int64_t entries, int64_t vector) {
   constexpr int64_t kWide = 12;          // columns of an image that is large enough to be taken alone
-  constexpr int64_t kWideStrided = 8;    // and of its even ones
+  constexpr int64_t kWideStrided = 8;    // columns of its grid, with a stride of 2
   constexpr int64_t kMostProducts = 96;  // for each element of the source
   if (s.batch < vector || s.source.w == 1 || s.grid.w >= 2 * vector) return false;
-  const bool in_pairs = s.spread.w == 2, is_split = s.split.w == 2 && vector == kWidestVector;
-  if (s.grid.w < (in_pairs || is_split ? kWideStrided : kWide)) return true;
-  if (in_pairs && s.grid.w >= kWide) return false;
+  const bool spreads = s.spread.w == 2, splits = s.split.w == 2 && vector == kWidestVector;
+  if (s.grid.w < (spreads || splits ? kWideStrided : kWide)) return true;
+  if (spreads && s.grid.w >= kWide) return false;
   return entries * s.grid.h * s.grid.w > kMostProducts * s.channels * s.source.h * s.source.w;
 }
 

@@ -80,7 +80,7 @@ Tensor spread_sums(const WeightSums& found, const Tensor& weight, const Tensor& 
   const cpu::Active active = {static_cast<const uint8_t*>(known.bits.const_data_ptr()), shape.weights(),
                               static_cast<const int32_t*>(known.positions.const_data_ptr()), count};
   cpu::spread(found.sums, active, gradient.mutable_data_ptr(), element_of(gradient, "gradient"),
-              TorchThreads(static_cast<double>(shape.weights()) * 0.2 + static_cast<double>(count)));
+              TorchThreads(static_cast<double>(shape.weights()) * 0.3));
   return gradient;
 }
 
