@@ -5,6 +5,8 @@
 // its factor in the momentum's, and from there on in the wider of the two.
 #pragma once
 
+#include <type_traits>
+
 #include "common/prefetch.h"
 #include "common/simd_dtypes.h"
 #include "cpu/sgd_chunk.h"
@@ -23,7 +25,7 @@ inline SgdTerms terms_of(const SgdOptions& o) {
 }
 
 // Asking for each term at every group took 0.06 of a step, which otherwise waits for memory: loops are compiled for
-// the terms of almost all steps, and one for all others.
+// the terms of almost all steps, where the momentum's dtype is a usual one too, and one for all others.
 struct AnyTerms {
   explicit AnyTerms(const SgdOptions& options) : terms(terms_of(options)) {}
   SgdTerms terms;
@@ -119,13 +121,15 @@ void sgd_chunk_of(const SgdChunk& chunk, const SgdOptions& options) {
 
 template <typename P, typename M>
 void sgd_chunk(const SgdChunk& chunk, const SgdOptions& options) {
-  using Decayed = UsualTerms<true, false>;
-  using Nesterov = UsualTerms<true, true>;
-  using Undecayed = UsualTerms<false, false>;
-  const SgdTerms terms = terms_of(options);
-  if (terms == Decayed::terms) return sgd_chunk_of<P, M, Decayed>(chunk, options);
-  if (terms == Nesterov::terms) return sgd_chunk_of<P, M, Nesterov>(chunk, options);
-  if (terms == Undecayed::terms) return sgd_chunk_of<P, M, Undecayed>(chunk, options);
+  if constexpr (std::is_same_v<M, P> || std::is_same_v<M, float>) {
+    using Decayed = UsualTerms<true, false>;
+    using Nesterov = UsualTerms<true, true>;
+    using Undecayed = UsualTerms<false, false>;
+    const SgdTerms terms = terms_of(options);
+    if (terms == Decayed::terms) return sgd_chunk_of<P, M, Decayed>(chunk, options);
+    if (terms == Nesterov::terms) return sgd_chunk_of<P, M, Nesterov>(chunk, options);
+    if (terms == Undecayed::terms) return sgd_chunk_of<P, M, Undecayed>(chunk, options);
+  }
   sgd_chunk_of<P, M, AnyTerms>(chunk, options);
 }
 

@@ -68,10 +68,12 @@ inline std::vector<Bools> choose(const std::vector<Tensor>& tensors, const std::
       if (eligible[t][i] != 0) elements.push_back({rank_of(tensors[t].number(i), rank), t, i});
     }
   }
-  std::stable_sort(elements.begin(), elements.end(),
-                   [](const Element& a, const Element& b) { return a.rank > b.rank; });
-  const auto count = static_cast<size_t>(std::clamp<int64_t>(k, 0, static_cast<int64_t>(elements.size())));
-  for (size_t e = 0; e < count; ++e) chosen[elements[e].tensor][elements[e].i] = 1;
+  const auto better = [](const Element& a, const Element& b) {
+    return a.rank != b.rank ? a.rank > b.rank : std::pair(a.tensor, a.i) < std::pair(b.tensor, b.i);
+  };
+  const auto count = std::clamp<int64_t>(k, 0, static_cast<int64_t>(elements.size()));
+  std::nth_element(elements.begin(), elements.begin() + count, elements.end(), better);
+  for (int64_t e = 0; e < count; ++e) chosen[elements[e].tensor][elements[e].i] = 1;
   return chosen;
 }
 

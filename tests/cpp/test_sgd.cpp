@@ -12,6 +12,7 @@
 #include "common/isa.h"
 #include "cpu/sgd.h"
 #include "floats.h"
+#include "sanitizers.h"
 #include "threads.h"
 
 #ifdef __linux__
@@ -152,6 +153,7 @@ void test_update(Dtype param, Dtype momentum, const SgdOptions& options, const P
   std::vector<Weights> weights, expected;
   // Around a group, a word of groups, a chunk of 65 536 weights; densities on both sides of every change of method.
   for (const int64_t numel : {0, 1, 7, 8, 9, 63, 64, 65, 1009, 33'001, 65'535, 65'536, kMostWeights}) {
+    if (kAddressSanitizer && (numel == 33'001 || numel == 65'535)) continue;  // ends inside a chunk, as 1009 does
     for (const double active : {0.0, 0.002, 0.02, 0.1, 0.5, 1.0}) {
       weights.push_back(random_weights(numel, active, param, momentum));
     }
@@ -226,6 +228,11 @@ int main() {
                                       .maximize = true,
                                       .average_decay = kNoAverage};
   constexpr SgdOptions kFirst = {.lr = 0.1, .momentum = 0.9, .dampening = 0.3, .first = true, .average_decay = 0};
+  if (kThreadSanitizer) {  // has nothing to find where one thread runs, and threads share all dtypes' work alike
+    test_update(Dtype::kFloat32, Dtype::kFloat32, kMomentum, StdThreads(3));
+    test_update(Dtype::kBfloat16, Dtype::kBfloat16, kPlainAveraged, StdThreads(3));
+    return failures == 0 ? 0 : 1;
+  }
   for (const Dtype param : kDtypes) {
     for (const Dtype momentum : kDtypes) {
       test_update(param, momentum, kEverything, Serial());

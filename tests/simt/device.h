@@ -14,12 +14,6 @@ namespace granet {
 
 using Bytes = std::vector<uint8_t>;
 
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kIsSlow = true;  // a thread of the device costs a millisecond: some of the cases do, as races go
-#else
-constexpr bool kIsSlow = false;
-#endif
-
 inline int failures = 0;
 
 inline void expect(bool holds, const std::string& what, int64_t numel) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/select.h"
+#include "sanitizers.h"
 #include "select_draws.h"
 
 namespace {
@@ -174,18 +175,11 @@ void test_wrong_guess() {
   }
 }
 
-// Under ThreadSanitizer and AddressSanitizer, which take many times as long, a few sizes and values are enough.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr bool kIsSlow = true;
-#else
-constexpr bool kIsSlow = false;
-#endif
-
 }  // namespace
 
 int main() {
   const std::vector<size_t> odd = {0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1009, 32};
-  if (kIsSlow) {
+  if (kAnySanitizer) {
     const auto& [name, draw] = kDraws[3];  // mostly zeros: ties at the threshold
     test_all({1009, 33'001, 7}, 0, name, draw, kNever, false);
     test_all({40'000}, 3, "sampled, " + name, draw, 16'384, false);

@@ -1,0 +1,25 @@
+// What a test is compiled with: sanitizers take five to twenty times as long, and need fewer cases.
+#pragma once
+
+#ifndef __has_feature  // Clang's; GCC defines macros of its own
+#define __has_feature(name) 0
+#endif
+
+namespace granet {
+
+// Finds something only where several threads run.
+#if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
+inline constexpr bool kThreadSanitizer = true;
+#else
+inline constexpr bool kThreadSanitizer = false;
+#endif
+
+#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
+inline constexpr bool kAddressSanitizer = true;
+#else
+inline constexpr bool kAddressSanitizer = false;
+#endif
+
+inline constexpr bool kAnySanitizer = kThreadSanitizer || kAddressSanitizer;
+
+}  // namespace granet
