@@ -291,7 +291,7 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
     speedups, accounts = (
         {
             machine: "\n".join(summary.table(lines, machine, floors=floors))
-            for machine in summary.RUNS
+            for machine in summary.MACHINES
         }
         for lines, floors in ((summary.SPEEDUPS, True), (summary.ACCOUNTS, False))
     )

@@ -15,15 +15,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 ZEN_4 = RESULTS / "cpu-amd-epyc-family-25"
 """README.md's machine."""
 XEON = RESULTS / "cpu-intel-r-xeon-r-processor-model-207"
-RUNS = {
-    ZEN_4: (("cpu.csv",), ("cpu-avx2.csv",)),
-    XEON: (
-        ("cpu.csv", "cpu-linear.csv", "cpu-training.csv"),
-        ("cpu-avx2.csv", "cpu-linear-avx2.csv", "cpu-training-avx2.csv"),
-    ),
-}
-"""With AVX-512, and with AVX2 alone; a cell has a number of each. A later run's rows replace the same of an
-earlier one."""
+MACHINES = (ZEN_4, XEON)
+FILES = ("cpu.csv", "cpu-avx2.csv")
+"""With AVX-512, and with AVX2 alone; a cell has a number of each."""
 
 ERK = "erk"
 CONV, LINEAR, BATCH_1 = "geometric mean of 24", "geometric mean of 8", "geometric mean of 14"
@@ -51,7 +45,7 @@ class Line:
     floor: str = ""
 
     def rows(self, measured: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-        """Of one instruction set, by sparsity, the latest; uniform masks."""
+        """Of one instruction set, by sparsity; uniform masks."""
         wanted = {
             name: str(getattr(self, name))
             for name in ("group", "case", "measure", "threads", "ours", "baseline")
@@ -130,7 +124,7 @@ ACCOUNTS = tuple(
 
 def table(lines: Sequence[Line], folder: Path = ZEN_4, *, floors: bool) -> list[str]:
     """Markdown, the lines below the heading; what misses its floor is bold."""
-    measured = [[row for name in names for row in _read(folder / name)] for names in RUNS[folder]]
+    measured = [_read(folder / name) for name in FILES]
     return [_markdown(line, measured, floors=floors) for line in lines]
 
 
@@ -152,7 +146,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    for machine in RUNS:
+    for machine in MACHINES:
         speedups, accounts = (
             table(SPEEDUPS, machine, floors=True),
             table(ACCOUNTS, machine, floors=False),
