@@ -25,7 +25,7 @@ inline SgdTerms terms_of(const SgdOptions& o) {
 }
 
 // Asking for each term at every group took 0.06 of a step, which otherwise waits for memory: loops are compiled for
-// the terms of almost all steps, where the momentum's dtype is a usual one too, and one for all others.
+// the terms of almost all steps, with a momentum in the parameter's dtype or fp32, and one for all others.
 struct AnyTerms {
   explicit AnyTerms(const SgdOptions& options) : terms(terms_of(options)) {}
   SgdTerms terms;

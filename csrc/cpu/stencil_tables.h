@@ -79,12 +79,12 @@ struct Factors {
 // goes on to the direct target, if there is one.
 struct SumTile {
   StencilEntries entries;
-  const float* slab;    // at the tile's first position
-  const Shift* shifts;  // of the tile, one for each element of the filter; null where the plan is not `shifted`
-  Next next;
+  const float* slab;              // at the tile's first position
+  const Shift* shifts = nullptr;  // of the tile, one for each element of the filter, where the plan is `shifted`
+  Next next = {};
   Factors factors;
-  int64_t block;
-  int64_t blocks;
+  int64_t block = 0;
+  int64_t blocks = 0;
   int64_t first_row;
   int64_t last_row;
   const float* bias;
@@ -96,12 +96,12 @@ struct SumTile {
 // Only what the factors add to, for rows [first_row, last_row).
 struct CorrelateTile {
   StencilEntries entries;
-  const float* slab;    // at the tile's first position
-  const Shift* shifts;  // as above
-  Next next;
+  const float* slab;              // at the tile's first position
+  const Shift* shifts = nullptr;  // as above
+  Next next = {};
   Factors factors;
-  int64_t block;
-  int64_t blocks;
+  int64_t block = 0;
+  int64_t blocks = 0;
   int64_t first_row;
   int64_t last_row;
 };

@@ -1,4 +1,4 @@
-// What select.h promises, computed the slow way: numbers as doubles, a stable sort, one bool an element.
+// What select.h promises, computed the slow way: numbers as doubles, compared in pairs, one bool an element.
 #pragma once
 
 #include <algorithm>
