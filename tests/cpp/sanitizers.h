@@ -9,7 +9,7 @@
 
 namespace granet {
 
-// Finds something only where several threads run.
+// ThreadSanitizer finds something only where several threads run.
 #if defined(__SANITIZE_THREAD__) || GRANET_HAS_FEATURE(thread_sanitizer)
 inline constexpr bool kThreadSanitizer = true;
 #else
@@ -21,6 +21,8 @@ inline constexpr bool kAddressSanitizer = true;
 #else
 inline constexpr bool kAddressSanitizer = false;
 #endif
+
+#undef GRANET_HAS_FEATURE
 
 inline constexpr bool kAnySanitizer = kThreadSanitizer || kAddressSanitizer;
 

@@ -322,10 +322,12 @@ void test_spread_and_gather() {
   constexpr int64_t kLarge = int64_t{1} << 20;  // floats
   for (const int64_t weights : {int64_t{1}, int64_t{1000}, kLarge - 1, kLarge, kLarge + 65537}) {
     for (const double density : {0.0, 0.03, 0.5, 1.0}) {
-      if (kAnySanitizer && weights > 1000 && density != 0.0 && density != 0.5) continue;  // drawing takes the time
+      if (kAnySanitizer && weights > 1000 && density == 0.03) continue;  // to draw masks takes most of the time
       for (const int64_t offset : {0, 1}) {
-        check_spread<float>(Element::kFloat32, weights, density, offset, StdThreads(1 + weights % 3));
-        check_spread<uint16_t>(Element::kBFloat16, 2 * weights, density, offset, StdThreads(1 + offset));
+        check_spread<float>(Element::kFloat32, weights, density, offset,
+                            StdThreads(kThreadSanitizer ? 3 : 1 + weights % 3));
+        check_spread<uint16_t>(Element::kBFloat16, 2 * weights, density, offset,
+                               StdThreads(kThreadSanitizer ? 2 : 1 + offset));
       }
     }
   }
@@ -418,10 +420,11 @@ void test_strides_of_small_images() {
 }  // namespace
 
 int main() {
-  if (kThreadSanitizer) {  // has nothing to find where one thread runs
-    for (int i = 0; i < 40; ++i) check(random_problem(), pick({0, 1}) == 1, StdThreads(2 + i % 2));
+  if (kThreadSanitizer) {  // has nothing to find where one thread runs, and takes long: fewer problems are drawn
+    for (int i = 0; i < 60; ++i) check(random_problem(), pick({0, 1}) == 1, StdThreads(2 + i % 2));
+    for (const int problems : places) failures += problems == 0;
     test_spread_and_gather();
-    test_threads_change_nothing();
+    for (int i = 0; i < 4; ++i) test_threads_change_nothing();
     return failures == 0 ? 0 : 1;
   }
   test_every_way_to_read();

@@ -174,14 +174,19 @@ int main() {
 #endif
   const cpu::StdThreads threads(3);
   const cpu::Serial serial;
+  // ThreadSanitizer has nothing to find where one thread runs.
   for (size_t types = 0; types < kTypes.size() && !kThreadSanitizer; ++types) {
     for (const auto& [name, draw] : kDraws) {
       test_all({0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1009, 32}, types, name, draw, serial);
     }
   }
   // Large enough for a sample, with the borders of chunks (32 768) inside and between tensors.
-  for (size_t i = 0; i < kDraws.size(); i += kThreadSanitizer ? 5 : kAddressSanitizer ? 3 : 1) {
-    const auto& [name, draw] = kDraws[i];
+  // Sanitizers take five to twenty times as long: theirs are all ties, few ties and none, and what is no number.
+  const auto is_telling = [](const std::string& name) {
+    return name == "equal" || name == "normal" || (!kThreadSanitizer && (name == "mostly zeros" || name == "special"));
+  };
+  for (const auto& [name, draw] : kDraws) {
+    if (kAnySanitizer && !is_telling(name)) continue;
     test_all({32'768, 1, 70'001}, 0, "large, " + name, draw, threads);
     test_all({50'000, 65'536}, 5, "large, mixed, " + name, draw, threads);
   }
