@@ -108,7 +108,7 @@ def convolutions(draw):
         else (1 if kind == "image" else draw(st.integers(1, 2)),) * 2,
         padding=draw(pairs(0, 3)) if free else (side // 2, side // 2),
         dilation=draw(pairs(1, 3)) if free else (1, 1),
-        extra=draw(pairs(11, 40) if kind == "image" else pairs(0, 12)),  # read in place, or packed
+        extra=draw(pairs(7, 40) if kind == "image" else pairs(0, 12)),  # read in place, or packed
     )
     pixels = problem.batch * problem.side[0] * problem.side[1]
     assume(pixels * torch.Size(problem.weight).numel() <= MOST_PRODUCTS)
