@@ -160,18 +160,28 @@ def test_the_shapes_are_those_of_the_published_comparison():
 
 def test_an_account_is_the_sum_of_its_parts(monkeypatch):
     monkeypatch.setattr(account, "fetching_ms", lambda weights, sparsity, threads: weights / 1e3)
-    rates = account.Rates(threads=1, bytes_a_ms=1e3, products_a_ms=1e6, backward_a_ms=2e6)
+    rates = account.Rates(
+        threads=1,
+        bytes_a_ms=1e3,
+        products_a_ms=1e6,
+        backward_a_ms=2e6,
+        shifted_a_ms=5e5,
+        shifted_backward_a_ms=1e6,
+    )
     pointwise = shapes.ConvShape(64, 32, 16, 1, 1, 2)
     pixels, weights = 2 * 16 * 16, 64 * 32
     active = 0.1 * weights
-    forward = 5 + weights / 1e3 + (8 * active + 4 * pixels * 64) / 1e3 + active * pixels / 1e6
+    forward = 5 + weights / 1e3 + 8 * active / 1e3 + active * pixels / 1e6
     assert account.account_ms(pointwise, "forward", 0.9, 5, rates) == pytest.approx(forward)
-    read, products = 2 * 8 * active + 4 * pixels * (2 * 64 + 32), active * pixels
+    read, products = 2 * 8 * active, active * pixels
     both = 5 + weights / 1e3 + read / 1e3 + products / 1e6 + 2 * products / 2e6
     assert account.account_ms(pointwise, "forward+backward", 0.9, 5, rates) == pytest.approx(both)
     packed = shapes.ConvShape(8, 8, 9, 3, 2, 1)
     expected = 0.576 + 8 * 288 / 1e3 + 288 * 25 / 1e6
     assert account.account_ms(packed, "forward", 0.5, 0, rates) == pytest.approx(expected)
+    monkeypatch.setattr(account, "_is_in_place", lambda shape, active: True)
+    shifted = expected + 288 * 25 / 1e6
+    assert account.account_ms(packed, "forward", 0.5, 0, rates) == pytest.approx(shifted)
 
 
 def make_row(speedup, case="a", **fields):

@@ -2,21 +2,22 @@
 
     account = the layer without an active weight
             + fetching the values of the active weights, from a weight that is in no cache
-            + what else only active weights make it read, at the memory's rate
+            + reading its index, at the memory's rate
             + its products: of a convolution at the kernel's rate where all lies in the first-level cache,
               of a linear layer at its own rate in warm caches
 
-The first part packs inputs, writes outputs and gradients, compares the mask and passes through
-Python. The third are the index, and inputs that are read where they are, by the active weights
-alone: those of pointwise layers, and of others that are sparse enough. What a measured layer takes
-beyond its account are cache misses between the parts.
+The first part packs inputs or, where they are read in place, fetches them, writes outputs and
+gradients, compares the mask and passes through Python. What a measured layer takes beyond its account
+are cache misses between the parts. A layer that reads in place and looks at several pixels has a
+kernel of its own, whose loads are masked and cross cache lines, and so a rate of its own.
 
 The inputs of a linear layer's products lie all over its slab, which fills the second-level cache: 256
 rows take 0.5 to 0.7 ns for sixteen products forward where the first level gives 0.37, and a line of 64
 bytes comes out of the second at 32 bytes a cycle at best, 0.54 ns at 3.7 GHz. So their rate is that of
 the layer itself.
 
-A network's training step has an account too: the step without an active weight, and the products.
+A network's training step has an account too: the step without an active weight, and what each of its
+layers adds.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cpu.layers import PACKED_WITHOUT_WEIGHTS, WITHOUT_WEIGHTS, Shape
-from bench.cpu.networks import TRAINING_STEP, Network, products
+from bench.cpu.layers import CONTIGUOUS, PACKED_WITHOUT_WEIGHTS, WITHOUT_WEIGHTS, Shape
+from bench.cpu.networks import TRAINING_STEP, Network, sparse_convolutions
 from bench.cpu.race import Comparison, Race
 from bench.cpu.rows import Row
 from bench.cpu.shapes import ConvShape, LinearShape
@@ -63,21 +64,33 @@ class Rates:
     """Of active weights, each a sum and a product, forward."""
     backward_a_ms: float
     """Backward, where what is loaded takes part in two of them."""
+    shifted_a_ms: float
+    """As `products_a_ms`, in place with masked loads."""
+    shifted_backward_a_ms: float
     fetched_ms: float = 0.0
     """What the products of a call include for the values of the active weights."""
 
-    def products_ms(self, measure: str, products: float) -> float:
+    def products_ms(self, measure: str, products: float, *, shifted: bool = False) -> float:
         """So many forward, and twice as many backward."""
-        forward = products / self.products_a_ms
+        forward = products / (self.shifted_a_ms if shifted else self.products_a_ms)
         if measure == "forward":
             return forward
-        return forward + BACKWARD_PRODUCTS * products / self.backward_a_ms
+        backward_a_ms = self.shifted_backward_a_ms if shifted else self.backward_a_ms
+        return forward + BACKWARD_PRODUCTS * products / backward_a_ms
 
 
 def account_ms(
     shape: Shape, measure: str, sparsity: float, without_weights_ms: float, rates: Rates
 ) -> float:
     """Milliseconds of a layer at a sparsity, its mask random."""
+    in_place = _is_in_place(shape, _active(shape, sparsity))
+    return without_weights_ms + _added_ms(shape, measure, sparsity, rates, in_place=in_place)
+
+
+def _added_ms(
+    shape: Shape, measure: str, sparsity: float, rates: Rates, *, in_place: bool
+) -> float:
+    """What active weights add to a layer that has none."""
     weights = math.prod(shape.weight)
     pixels = shape.batch
     if isinstance(shape, ConvShape):
@@ -88,12 +101,9 @@ def account_ms(
     fetched = (
         fetching_ms(weights, sparsity, rates.threads) - rates.fetched_ms
     )  # forward; backward has them
-    if _is_in_place(shape, active):
-        inputs, outputs = pixels * shape.weight[1], pixels * shape.weight[0]
-        # Backward the gradient of the output, and the input.
-        read += FLOAT * (inputs if measure == "forward" else 2 * inputs + outputs)
-    products_ms = rates.products_ms(measure, active * pixels)
-    return without_weights_ms + fetched + read / rates.bytes_a_ms + products_ms
+    shifted = in_place and isinstance(shape, ConvShape) and shape.kernel > 1
+    products_ms = rates.products_ms(measure, active * pixels, shifted=shifted)
+    return fetched + read / rates.bytes_a_ms + products_ms
 
 
 def _active(shape: Shape, sparsity: float) -> float:
@@ -137,11 +147,17 @@ def training_rows(
     found = race.compare(DENSE, WITHOUT_WEIGHTS, TRAINING_STEP)
     if found is None:
         return []
-    all_ms = rates(threads).products_ms("forward+backward", network.batch * products(network))
+    contiguous = found.ours_variant == CONTIGUOUS
+
+    def added_ms(shape: ConvShape, sparsity: float) -> float:
+        in_place = contiguous and _is_in_place(shape, _active(shape, sparsity))
+        return _added_ms(shape, "forward+backward", sparsity, rates(threads), in_place=in_place)
+
+    layers = sparse_convolutions(network)
     return [
         _row(
             found,
-            found.ours_ms + (1 - sparsity) * all_ms,
+            found.ours_ms + sum(added_ms(shape, sparsity) for shape in layers),
             "training",
             str(network),
             TRAINING_STEP,
@@ -183,8 +199,10 @@ def rates(threads: int) -> Rates:
     return Rates(
         threads=threads,
         bytes_a_ms=_bytes_a_ms(),
-        products_a_ms=_products_a_ms(threads, _forward),
-        backward_a_ms=BACKWARD_PRODUCTS * _products_a_ms(threads, _backward),
+        products_a_ms=_products_a_ms(threads, _forward, PACKED),
+        backward_a_ms=BACKWARD_PRODUCTS * _products_a_ms(threads, _backward, PACKED),
+        shifted_a_ms=_products_a_ms(threads, _forward, SHIFTED),
+        shifted_backward_a_ms=BACKWARD_PRODUCTS * _products_a_ms(threads, _backward, SHIFTED),
     )
 
 
@@ -226,11 +244,27 @@ def _bytes_a_ms() -> float:
 Layer = MaskedConv2d | MaskedLinear
 
 
-def _products_a_ms(threads: int, timed: Callable[[Layer, Tensor], float]) -> float:
-    """On one thread, of a convolution whose input takes 13 KiB."""
+@dataclass(frozen=True, slots=True)
+class _InCache:
+    """A convolution whose images fit the first-level cache, with many and with few active weights."""
+
+    channels: tuple[int, int]
+    input: tuple[int, int, int, int]
+    densities: tuple[float, float]
+
+
+PACKED = _InCache((8, 512), (1, 8, 14, 30), (0.75, 0.25))
+SHIFTED = _InCache((16, 32), (32, 16, 16, 16), (0.15, 0.03))  # so few are read in place
+
+
+def _products_a_ms(threads: int, timed: Callable[[Layer, Tensor], float], which: _InCache) -> float:
+    """On one thread."""
     torch.set_num_threads(1)
-    many, few = (_convolution(density) for density in (0.75, 0.25))
-    found = _added_a_ms(many, few, torch.randn(1, 8, 14, 30), timed, PAIRS)
+    many, few = (
+        _sparse(MaskedConv2d(*which.channels, 3, padding=1, bias=False), density)
+        for density in which.densities
+    )
+    found = _added_a_ms(many, few, torch.randn(which.input), timed, PAIRS)
     torch.set_num_threads(threads)
     return threads * found
 
@@ -258,10 +292,6 @@ def _backward(layer: Layer, input: Tensor) -> float:
     output = layer(input.detach().requires_grad_())
     grad_output = torch.ones_like(output)
     return _ms(lambda: output.backward(grad_output))
-
-
-def _convolution(density: float) -> Layer:
-    return _sparse(MaskedConv2d(8, 512, 3, padding=1, bias=False), density)
 
 
 def _linear(shape: LinearShape, density: float) -> Layer:

@@ -27,7 +27,8 @@ from granet_kernels.backends.cpp import conv as cpp_conv
 OURS = "ours"
 WITHOUT_WEIGHTS = "ours without an active weight"
 PACKED_WITHOUT_WEIGHTS = f"{WITHOUT_WEIGHTS}, packed"
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CONTIGUOUS = "contiguous"
+FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.channels_last}
 # Of the largest element: sums of a few thousand fp32 products, in different orders.
 AGREEMENT = 1e-3
 
@@ -53,7 +54,7 @@ class Data:
     @functools.cached_property
     def laid_out(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Input and output gradient in each memory format; made outside all timing."""
-        formats = FORMATS if self.input.dim() == 4 else {"contiguous": torch.contiguous_format}
+        formats = FORMATS if self.input.dim() == 4 else {CONTIGUOUS: torch.contiguous_format}
         return {
             name: (
                 self.input.contiguous(memory_format=memory_format),

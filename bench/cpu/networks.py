@@ -16,16 +16,19 @@ from torch.fx.experimental.optimization import fuse
 import granet_kernels
 from bench.cpu.layers import FORMATS, WITHOUT_WEIGHTS
 from bench.cpu.race import Contender, Run, whole
+from bench.cpu.shapes import ConvShape
 from bench.cpu.targets import DENSE
 from granet.distributions import layer_budgets
 from granet.models import create_model
-from granet_kernels import MaskedConv2d, MaskedLinear, MaskedSGD, masked_layers, sparsify
+from granet_kernels import MaskedConv2d, MaskedSGD, masked_layers, sparsify
 
 Task = Literal["inference", "training step"]
 TRAINING_STEP: Task = "training step"
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 MASKS = ("uniform", "erk")
 SPARSIFIED, COMPRESSED = "sparsify", "compress"
+LARGE = 100_000
+"""Pixels of a batch whose steps are too slow to be run more often than they must be."""
 DENSE_ENDS = ("conv1", "fc")
 """What uniform masks leave dense, as is usual with them (and as SparseProp's figures were taken)."""
 
@@ -127,20 +130,23 @@ def without_weights(network: Network, memory_format: str) -> Contender:
     return Contender(role=WITHOUT_WEIGHTS, variant=memory_format, build=build)
 
 
-def products(network: Network) -> int:
-    """What an image takes forward through the layers that uniform masks make sparse, all active."""
+@functools.cache
+def sparse_convolutions(network: Network) -> list[ConvShape]:
+    """The layers that uniform masks make sparse."""
     model = sparsify(network.build(), exclude=DENSE_ENDS).eval()
-    counts = []
+    shapes = []
 
-    def count(layer: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(layer, MaskedConv2d | MaskedLinear)
-        counts.append(layer.weight[0].numel() * output.numel())
+    def note(layer: nn.Module, inputs: tuple[Tensor], _: object) -> None:
+        assert isinstance(layer, MaskedConv2d)
+        (images,) = inputs
+        geometry = images.size(-1), layer.kernel_size[0], layer.stride[0]
+        shapes.append(ConvShape(layer.in_channels, layer.out_channels, *geometry, network.batch))
 
     for layer in masked_layers(model).values():
-        layer.register_forward_hook(count)
+        layer.register_forward_hook(note)
     with torch.inference_mode():
         model(torch.zeros(1, 3, network.side, network.side))
-    return sum(counts)
+    return shapes
 
 
 @functools.cache
@@ -151,11 +157,14 @@ def faster_format(
 
     ERK masks leave many layers to the dense kernels, which want channels_last; ours mostly do not.
     """
-    seconds = {}
-    for memory_format in FORMATS:
-        run = sparse_run(network, task, sparsity, masks, memory_format, name)
+    runs = {f: sparse_run(network, task, sparsity, masks, f, name) for f in FORMATS}
+    for run in runs.values():
         run()
-        seconds[memory_format] = min(sum(run().values()) for _ in range(1 + (network.batch == 1)))
+    rounds = 3 if network.batch * network.side**2 < LARGE else 1
+    seconds = dict.fromkeys(runs, math.inf)
+    for _ in range(rounds):
+        for memory_format, run in runs.items():
+            seconds[memory_format] = min(seconds[memory_format], sum(run().values()))
     return min(seconds, key=seconds.__getitem__)
 
 
