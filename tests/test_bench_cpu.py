@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: `bench` is not installed, everything else is
 
-from bench.cpu import account, host, layers, rows, shapes, summary, targets, verdict  # noqa: E402
+from bench.cpu import account, host, layers, networks, rows, shapes, summary, targets, verdict  # noqa: E402
 from bench.cpu.effort import FULL, QUICK  # noqa: E402
 from bench.cpu.race import Contender, Race  # noqa: E402
 from bench.cpu.targets import Target  # noqa: E402
@@ -182,6 +182,23 @@ def test_an_account_is_the_sum_of_its_parts(monkeypatch):
     monkeypatch.setattr(account, "_is_in_place", lambda shape, active: True)
     shifted = expected + 288 * 25 / 1e6
     assert account.account_ms(packed, "forward", 0.5, 0, rates) == pytest.approx(shifted)
+    both = 0.576 + 16 * 288 / 1e3 + 288 * 25 * (1 / 5e5 + 2 / 1e6)
+    assert account.account_ms(packed, "forward+backward", 0.5, 0, rates) == pytest.approx(both)
+    assert account.account_ms(packed, "forward", 0.5, 0, rates, contiguous=False) == pytest.approx(
+        expected
+    )
+
+
+def test_the_sparse_convolutions_of_a_network():
+    found = networks.sparse_convolutions(networks.QUICK_RESNET18)
+    assert len(found) == 19
+    assert found[0] == shapes.ConvShape(64, 64, 32, 3, 1, 8)
+    strided = [shape for shape in found if shape.stride == 2]
+    assert {(shape.channels_in, shape.side, shape.kernel) for shape in strided} == {
+        (channels, side, kernel)
+        for channels, side in ((64, 32), (128, 16), (256, 8))
+        for kernel in (1, 3)
+    }
 
 
 def make_row(speedup, case="a", **fields):

@@ -49,7 +49,7 @@ def sparse(layer, density):
 @pytest.mark.parametrize("density", [0.01, 0.3])  # planes of few active weights are read in place
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
-@pytest.mark.parametrize("side", [5, 13, 29])
+@pytest.mark.parametrize("side", [5, 8, 13, 29])
 def test_convolution(convolution, layout, density, side):
     torch.manual_seed(0)
     layer = sparse(MaskedConv2d(16, 24, **CONVOLUTIONS[convolution], bias=False), density)

@@ -161,7 +161,7 @@ def _trained(
 ) -> Contender:
     def build() -> Run:
         layer = make(data, variant, sparsity)
-        plain = data.laid_out["contiguous"]
+        plain = data.laid_out[CONTIGUOUS]
         images, grad_output = data.laid_out.get(variant, plain)
         images = images.detach().requires_grad_()
         if sparsity is None:  # once, as the others in their check

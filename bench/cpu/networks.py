@@ -27,8 +27,8 @@ TRAINING_STEP: Task = "training step"
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 MASKS = ("uniform", "erk")
 SPARSIFIED, COMPRESSED = "sparsify", "compress"
-LARGE = 100_000
-"""Pixels of a batch whose steps are too slow to be run more often than they must be."""
+MANY_PIXELS = 100_000
+"""Of a batch that takes too long to be run more often than it must be."""
 DENSE_ENDS = ("conv1", "fc")
 """What uniform masks leave dense, as is usual with them (and as SparseProp's figures were taken)."""
 
@@ -119,7 +119,7 @@ def contenders(
 
 
 def without_weights(network: Network, memory_format: str) -> Contender:
-    """Training steps of the uniformly sparse network with no active weight: all but the products."""
+    """Training steps of the uniformly sparse network: all but what active weights add."""
 
     def build() -> Run:
         model = sparsify(network.build(), exclude=DENSE_ENDS)
@@ -131,7 +131,7 @@ def without_weights(network: Network, memory_format: str) -> Contender:
 
 
 @functools.cache
-def sparse_convolutions(network: Network) -> list[ConvShape]:
+def sparse_convolutions(network: Network) -> tuple[ConvShape, ...]:
     """The layers that uniform masks make sparse."""
     model = sparsify(network.build(), exclude=DENSE_ENDS).eval()
     shapes = []
@@ -146,7 +146,7 @@ def sparse_convolutions(network: Network) -> list[ConvShape]:
         layer.register_forward_hook(note)
     with torch.inference_mode():
         model(torch.zeros(1, 3, network.side, network.side))
-    return shapes
+    return tuple(shapes)
 
 
 @functools.cache
@@ -160,7 +160,7 @@ def faster_format(
     runs = {f: sparse_run(network, task, sparsity, masks, f, name) for f in FORMATS}
     for run in runs.values():
         run()
-    rounds = 3 if network.batch * network.side**2 < LARGE else 1
+    rounds = 3 if network.batch * network.side**2 < MANY_PIXELS else 1
     seconds = dict.fromkeys(runs, math.inf)
     for _ in range(rounds):
         for memory_format, run in runs.items():

@@ -11,10 +11,10 @@ namespace granet::cpu {
 
 namespace {
 
-// Whether tiles of an image's pixels are large, or fill the vectors of the fewest that are worth it. 8 x 8 pixels in
-// place took 0.6 to 0.95 of the time of 1 x 1 layers on a Xeon, 10 x 10 of them up to 1.4 with AVX-512 and 7 x 7 of
-// them 1.3 to 2.
-bool fill_tiles(int64_t pixels) {
+// Whether an image has pixels for the largest tile, or at least for a tile of a few vectors, all of them full. On a
+// Xeon 1 x 1 layers took 0.6 to 0.95 of the time in place with 8 x 8 pixels, up to 1.4 with 10 x 10 (AVX-512; 0.65
+// to 1.06 with AVX2) and up to 2 with 7 x 7.
+bool fill_vectors(int64_t pixels) {
   constexpr int64_t kFewestVectors = 4;
   return pixels >= kMostVectors * kWidestVector ||
          (pixels >= kFewestVectors * kWidestVector && pixels % kWidestVector == 0);
@@ -29,7 +29,7 @@ bool can_read_in_place(const ConvShape& s) {
   const int64_t pixels = s.input.h * s.input.w;
   const int64_t floats = std::max(s.channels, s.out_channels) * pixels;
   const int64_t filter = s.kernel.h * s.kernel.w;
-  if (output.h != s.input.h || output.w != s.input.w || !fill_tiles(pixels)) return false;
+  if (output.h != s.input.h || output.w != s.input.w || !fill_vectors(pixels)) return false;
   if (filter == 1) return floats <= kMostOffset;
   return isa() == Isa::kAvx512 && filter <= kMostShifts && floats <= kMostOffset >> kShiftBits;
 }
@@ -38,7 +38,8 @@ bool can_read_in_place(const ConvShape& s) {
 // packing is worth its time from so many products on that each element of the source takes part in. On a Zen 4, in
 // place took 0.85 to 1.0 of the time with 12 and 17 of them, 1.05 with 23 and 1.08 with 24; where a row is several
 // vectors, whose ends are then rare, 0.8 with 12, 0.88 with 17 and as long with 23 and 29. On a Xeon, where a row is a
-// vector or half of one, 0.64 to 0.87 with 12, 0.55 to 0.99 with 23, 0.84 to 1.03 with 46 and 0.92 to 1.18 with 81.
+// vector or half of one, 0.64 to 0.87 with 12, 0.55 to 0.99 with 23, 0.84 to 1.03 with 46 and 0.92 to 1.18 with 81;
+// such rows were not measured on a Zen 4.
 bool is_faster_in_place(const ConvShape& s, int64_t planes, int64_t entries) {
   constexpr int64_t kMostProducts = 20, kMostInLongRows = 32, kMostInVectorRows = 48, kLongRow = 48;
   if (s.kernel.h * s.kernel.w == 1) return true;

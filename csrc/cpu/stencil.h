@@ -65,8 +65,8 @@ struct Stencil {
 };
 
 // Whether a stencil can read its source where it is, not packed, if its planes and the target's are contiguous: output
-// and input have the same pixels, of which there are enough for a tile. One that looks at several pixels can where
-// loads have masks, by which what lies beyond the sides of the image is zero.
+// and input have the same pixels, enough for the largest tile or such that fill a smaller one. One that looks at
+// several pixels can where loads have masks, by which what lies beyond the sides of the image is zero.
 bool can_read_in_place(const ConvShape& shape);
 
 // Whether that is faster than packing, with so many active weights and planes that they read.

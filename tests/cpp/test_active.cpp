@@ -1,5 +1,6 @@
 // Tests of csrc/cpu/active.h: gradients written by a mask, and weights read by it. Behind what is written lies what
 // must stay.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
