@@ -45,7 +45,7 @@ DirectTarget direct_target(const Stencil& s, const ImageView& target, const Fini
                       .segments = segments.data(),
                       .count = static_cast<int64_t>(segments.size()),
                       .relu = finish.relu,
-                      .streams = is_larger_than_caches(s) && segments.size() == 1,
+                      .streams = is_larger_than_caches(s) && segments.size() == 1,  // pieces are not (finish_row)
                       .is_one_piece = !segments.empty(),
                       .held = {}};
   for (size_t i = 0; i < segments.size(); ++i) {
