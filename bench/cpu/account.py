@@ -91,14 +91,6 @@ def account_ms(
     contiguous: bool = True,
 ) -> float:
     """Milliseconds of a layer at a sparsity, its mask random, in the format it has without weights."""
-    in_place = contiguous and _is_in_place(shape, _active(shape, sparsity))
-    return without_weights_ms + _added_ms(shape, measure, sparsity, rates, in_place=in_place)
-
-
-def _added_ms(
-    shape: Shape, measure: str, sparsity: float, rates: Rates, *, in_place: bool
-) -> float:
-    """What active weights add to a layer that has none."""
     weights = math.prod(shape.weight)
     pixels = shape.batch
     if isinstance(shape, ConvShape):
@@ -109,9 +101,10 @@ def _added_ms(
     fetched = (
         fetching_ms(weights, sparsity, rates.threads) - rates.fetched_ms
     )  # forward; backward has them
+    in_place = contiguous and _is_in_place(shape, active)
     shifted = in_place and isinstance(shape, ConvShape) and shape.kernel > 1
     products_ms = rates.products_ms(measure, active * pixels, shifted=shifted)
-    return fetched + read / rates.bytes_a_ms + products_ms
+    return without_weights_ms + fetched + read / rates.bytes_a_ms + products_ms
 
 
 def _active(shape: Shape, sparsity: float) -> float:
@@ -159,16 +152,16 @@ def training_rows(
     if found is None:
         return []
     contiguous = found.ours_variant == CONTIGUOUS
-
-    def added_ms(shape: ConvShape, sparsity: float) -> float:
-        in_place = contiguous and _is_in_place(shape, _active(shape, sparsity))
-        return _added_ms(shape, "forward+backward", sparsity, rates(threads), in_place=in_place)
-
     layers = sparse_convolutions(network)
+
+    def added_ms(sparsity: float) -> float:
+        call = functools.partial(account_ms, rates=rates(threads), contiguous=contiguous)
+        return sum(call(shape, "forward+backward", sparsity, 0.0) for shape in layers)
+
     return [
         _row(
             found,
-            found.ours_ms + sum(added_ms(shape, sparsity) for shape in layers),
+            found.ours_ms + added_ms(sparsity),
             "training",
             str(network),
             TRAINING_STEP,
@@ -264,10 +257,9 @@ class _InCache:
     densities: tuple[float, float]
 
 
-PACKED = _InCache((8, 512), (1, 8, 14, 30), (0.75, 0.35))  # so many are packed, backward too
-SHIFTED = _InCache(
-    (16, 32), (32, 16, 16, 16), (0.12, 0.03)
-)  # so few are read in place, if loads have masks
+# With so many active weights it is packed, backward too; with so few read in place, if loads have masks.
+PACKED = _InCache((8, 512), (1, 8, 14, 30), (0.75, 0.35))
+SHIFTED = _InCache((16, 32), (32, 16, 16, 16), (0.12, 0.03))
 
 
 def _products_a_ms(threads: int, timed: Callable[[Layer, Tensor], float], which: _InCache) -> float:
