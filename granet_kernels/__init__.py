@@ -21,6 +21,7 @@ from granet_kernels.functional import (
     unpack_mask,
     zero_inactive_,
 )
+from granet_kernels.heap import keep_freed_memory
 from granet_kernels.nn import (
     CompressedConv2d,
     CompressedLinear,
@@ -61,6 +62,7 @@ __all__ = [
     "count_active",
     "densify",
     "drop_regrow_",
+    "keep_freed_memory",
     "mask_cast",
     "masked_conv2d",
     "masked_layers",

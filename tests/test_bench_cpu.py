@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -292,6 +293,7 @@ def test_masks_of_rising_sparsity_contain_one_another():
 def test_a_quick_group(tmp_path):
     command = [sys.executable, "-m", "pytest", "bench/cpu/test_linear.py", "--quick", "-q"]
     command += ["--benchmark-quiet", "--bench-out", str(tmp_path), "--bench-name", "cpu-linear"]
+    command += ["--bench-keep-memory"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -303,6 +305,8 @@ def test_a_quick_group(tmp_path):
     dense = [r for r in measured if (r["group"], r["baseline"]) == ("linear", "dense")]
     assert [row["measure"] for row in dense] == ["forward", "forward+backward"]
     assert all(float(row["ours_ms"]) > 0 and row["threads"] == "1" for row in dense)
+    kept = "kept" if platform.libc_ver()[0] == "glibc" else ""
+    assert {row["memory"] for row in measured} == {kept}
 
 
 # --- what is published ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from bench.cpu import host, rows
 from bench.cpu.effort import FULL, QUICK, Effort
 from bench.cpu.race import Contender, Race
 from granet.throughput.stopwatch import no_collection
+from granet_kernels import keep_freed_memory
 
 ALL_THREADS = torch.get_num_threads()
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -24,11 +25,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bench-out", type=Path, help="folder for the CSV (default: bench/results/cpu-<model>)"
     )
     group.addoption("--bench-name", default="cpu", help="the CSV's name (default: cpu)")
+    group.addoption(
+        "--bench-keep-memory",
+        action="store_true",
+        help="with granet_kernels.keep_freed_memory(), for all contenders",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = []
-    config.stash[COLUMNS] = host.describe(ALL_THREADS)
+    kept = config.getoption("--bench-keep-memory") and keep_freed_memory()
+    config.stash[COLUMNS] = host.describe(ALL_THREADS, kept=kept)
 
 
 LEDGER = pytest.StashKey[list[rows.Row]]()

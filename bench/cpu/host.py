@@ -35,8 +35,8 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def describe(threads: int) -> dict[str, object]:
-    """Columns of the CSV; `threads` is what a run on all cores uses.
+def describe(threads: int, *, kept: bool) -> dict[str, object]:
+    """Columns of the CSV; `threads` is what a run on all cores uses, `kept` whether freed memory is.
 
     `load_before` is how many processes wanted a core in the minute before: much above 0, and the
     figures are those of a shared machine.
@@ -51,5 +51,6 @@ def describe(threads: int) -> dict[str, object]:
         "numpy": version_of("numpy"),
         "sparseprop": version_of("sparseprop"),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
+        "memory": "kept" if kept else "",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }

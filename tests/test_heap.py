@@ -1,0 +1,70 @@
+"""Freed memory that a process keeps: counted by its page faults, in a process of its own."""
+
+import ctypes
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from granet_kernels import heap
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+# Two tensors of 64 MB at a time, as activations of a step, one of which is freed before the other.
+STEPS = """
+import resource, sys
+import torch
+import granet_kernels
+
+if sys.argv[1] == "kept":
+    assert granet_kernels.keep_freed_memory()
+
+def step():
+    first, second = torch.ones(1 << 24), torch.ones(1 << 24)
+    del first
+    return second.sum().item()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for _ in range(10):  # the heap grows in the first two to four
+    step()
+before = faults()
+for _ in range(5):
+    step()
+print(faults() - before)
+"""
+
+
+def faults_of_five_steps(memory):
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, memory], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout)
+
+
+@needs_glibc
+def test_kept_memory_is_not_cleared_again():
+    assert faults_of_five_steps("kept") < 100
+    assert faults_of_five_steps("freed") > 250  # 320 in pages of 2 MiB, 160,000 in small ones
+
+
+def test_a_c_library_without_the_setting(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert heap.keep_freed_memory() is False
+
+
+def test_a_system_that_wants_a_librarys_name(monkeypatch):
+    def refuse(name):
+        raise TypeError("bad argument type for built-in operation")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert heap.keep_freed_memory() is False
+
+
+def test_a_refused_setting_is_told(monkeypatch):
+    refusing = SimpleNamespace(mallopt=lambda parameter, value: 0)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: refusing)
+    assert heap.keep_freed_memory() is False
