@@ -58,8 +58,13 @@ void sparse_conv_(Tensor target, Tensor input, Tensor values, std::vector<Tensor
            shape_of(numbers), in_place);
 }
 
-// In the input's dtype; (rows, channels) of rows, else contiguous or channels_last.
-Tensor new_output(const Tensor& input, const ConvShape& shape, bool channels_last) {
+// In the input's dtype; (rows, channels) of rows, else contiguous or channels_last. In `memory`, where there is some.
+Tensor new_output(const Tensor& input, const std::optional<Tensor>& memory, const ConvShape& shape,
+                  bool channels_last) {
+  if (memory.has_value()) {
+    STD_TORCH_CHECK(memory->scalar_type() == input.scalar_type(), "memory: expected the input's dtype");
+    return *memory;
+  }
   if (input.dim() == 2) return torch::stable::new_empty(input, {shape.batch, shape.out_channels});
   const Pair size = shape.output();
   using torch::headeronly::MemoryFormat;
@@ -71,15 +76,15 @@ Tensor new_output(const Tensor& input, const ConvShape& shape, bool channels_las
 // With a weight and its mask: the output, and the values of the active weights in storage order. Nothing where the mask
 // has other bits than the index was built from.
 std::vector<Tensor> masked_conv(Tensor input, Tensor weight, Tensor mask, std::vector<Tensor> known_tensors,
-                                std::vector<Tensor> index, std::optional<Tensor> bias, std::vector<int64_t> numbers,
-                                bool in_place, bool channels_last) {
+                                std::vector<Tensor> index, std::optional<Tensor> bias, std::optional<Tensor> memory,
+                                std::vector<int64_t> numbers, bool in_place, bool channels_last) {
   const ConvShape shape = shape_of(numbers);
   check_weight(weight, shape, "weight");
   const Known known = known_of(known_tensors, shape.weights());
   if (!are_those_of(known.bits, mask)) return {};
   const Tensor stored = fetched(weight, known, rounds_to_bfloat16(input));
   const Tensor values = ordered(stored, known, index);
-  const Tensor output = new_output(input, shape, channels_last);
+  const Tensor output = new_output(input, memory, shape, channels_last);
   convolve(output, input, static_cast<const float*>(values.const_data_ptr()), index, bias, std::nullopt, false, shape,
            in_place);
   return {output, stored};
@@ -93,7 +98,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
       "bool relu, int[] shape, bool in_place) -> ()");
   m.def(
       "masked_conv(Tensor input, Tensor weight, Tensor mask, Tensor[] known, Tensor[] index, Tensor? bias, "
-      "int[] shape, bool in_place, bool channels_last) -> Tensor[]");
+      "Tensor(a!)? memory, int[] shape, bool in_place, bool channels_last) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) {

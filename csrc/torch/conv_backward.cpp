@@ -19,13 +19,14 @@
 namespace granet {
 namespace {
 
-// A gradient in the layout of the input, and where the kernels write it, whose pixels are evenly spaced.
+// A gradient in the layout of the input, in `memory`, where there is some; and where the kernels write it, whose pixels
+// are evenly spaced.
 struct InputGradient {
   Tensor gradient;
   Tensor written;
 
-  InputGradient(const Tensor& input, const ConvShape& shape)
-      : gradient(torch::stable::empty_like(input)),
+  InputGradient(const Tensor& input, const std::optional<Tensor>& memory, const ConvShape& shape)
+      : gradient(memory.has_value() ? *memory : torch::stable::empty_like(input)),
         written(is_evenly_spaced(gradient)
                     ? gradient
                     : torch::stable::new_empty(input, {shape.batch, shape.channels, shape.input.h, shape.input.w})) {
@@ -39,13 +40,13 @@ struct InputGradient {
 };
 
 // The transpose of conv(., values), of grad_output, in the layout of the input.
-Tensor input_gradient(const Tensor& input, const Tensor& grad_output, const float* values,
-                      const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
+Tensor input_gradient(const Tensor& input, const Tensor& grad_output, const std::optional<Tensor>& memory,
+                      const float* values, const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
   check_in_place(shape, in_place);
   const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, values);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
-  InputGradient result(input, shape);
+  InputGradient result(input, memory, shape);
   const ImageView source = view_for(grad_output, "grad_output", shape, in_place);
   const ImageView target = view_for(result.written, "gradient", shape, in_place);
   cpu::run_stencil(work.stencil, work.plan, entries, source, nullptr, {nullptr, false}, target,
@@ -106,6 +107,11 @@ Tensor weight_gradient(const Tensor& weight, const Tensor& grad_output, const Te
   return spread_sums(found, weight, input, memory, known, shape);
 }
 
+// For the gradients, of the dtype and layout of what they are of; where there is some.
+struct Memory {
+  std::optional<Tensor> input, weight;
+};
+
 // Whether both gradients are computed at once. Few pixels, as a linear layer's 32 rows, gain less than it takes to put
 // the products into the order of the weights.
 bool are_computed_at_once(const ConvShape& shape, const Tensor& input, bool in_place) {
@@ -116,14 +122,14 @@ bool are_computed_at_once(const ConvShape& shape, const Tensor& input, bool in_p
 
 // Those of the input and of the weight, from an index for the input's and its values.
 std::vector<Tensor> both_gradients(const Tensor& weight, const Tensor& grad_output, const Tensor& input,
-                                   const std::optional<Tensor>& memory, const float* values, const Known& known,
+                                   const Memory& memory, const float* values, const Known& known,
                                    const std::vector<Tensor>& index, const ConvShape& shape, bool in_place) {
   check_in_place(shape, in_place);
   const Work work = work_of(shape, Direction::kInputGradient, entries_in(index), in_place);
   const cpu::StencilEntries entries = entries_of(index, work, values);
   check_size(input, "input", shape.batch, shape.channels, shape.input);
   check_entries(index, known);
-  InputGradient result(input, shape);
+  InputGradient result(input, memory.input, shape);
   const ImageView source = view_for(grad_output, "grad_output", shape, in_place);
   const ImageView factor = view_for(input, "input", shape, in_place);
   const ImageView target = view_for(result.written, "gradient", shape, in_place);
@@ -131,22 +137,32 @@ std::vector<Tensor> both_gradients(const Tensor& weight, const Tensor& grad_outp
   const WeightSums found(known, work.plan);
   cpu::differentiate_stencil(work.stencil, work.plan, entries, ranks_of(index), count, source, factor, target,
                              found.partial, found.sums, TorchThreads(2 * time_of(shape, count)));
-  return {result.finished(), spread_sums(found, weight, input, memory, known, shape)};
+  return {result.finished(), spread_sums(found, weight, input, memory.weight, known, shape)};
 }
 
-// The gradients that are needed, of the input and of the weight; `stored` as above, if it is at hand; `memory` for the
-// weight's, if there is some: of its dtype and layout. Nothing where the mask has other bits.
+void check_alike(const std::optional<Tensor>& memory, const Tensor& tensor, const char* name) {
+  if (!memory.has_value()) return;
+  STD_TORCH_CHECK(memory->scalar_type() == tensor.scalar_type() && memory->dim() == tensor.dim(), name,
+                  ": expected the dtype and shape of what its gradient is of");
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    STD_TORCH_CHECK(memory->size(d) == tensor.size(d) && memory->stride(d) == tensor.stride(d), name,
+                    ": expected the shape and strides of what its gradient is of");
+  }
+}
+
+// The gradients that are needed, of the input and of the weight; `stored` as above, if it is at hand. Nothing where the
+// mask has other bits.
 std::vector<Tensor> masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> stored,
                                          Tensor mask, std::vector<Tensor> known_tensors,
                                          std::vector<Tensor> input_index, std::vector<Tensor> weight_index,
                                          std::vector<int64_t> numbers, bool input_in_place, bool weight_in_place,
-                                         std::optional<Tensor> memory, bool needs_input, bool needs_weight) {
+                                         std::optional<Tensor> input_memory, std::optional<Tensor> weight_memory,
+                                         bool needs_input, bool needs_weight) {
   const ConvShape shape = shape_of(numbers);
   check_weight(weight, shape, "weight");
-  if (memory.has_value()) {
-    check_weight(*memory, shape, "memory");
-    STD_TORCH_CHECK(memory->scalar_type() == weight.scalar_type(), "memory: expected the weight's dtype");
-  }
+  check_alike(input_memory, input, "input_memory");
+  check_alike(weight_memory, weight, "weight_memory");
+  const Memory memory{input_memory, weight_memory};
   check_size(grad_output, "grad_output", shape.batch, shape.out_channels, shape.output());
   const Known known = known_of(known_tensors, shape.weights());
   std::vector<Tensor> gradients;
@@ -158,11 +174,11 @@ std::vector<Tensor> masked_conv_backward(Tensor grad_output, Tensor input, Tenso
     if (needs_weight && are_computed_at_once(shape, input, input_in_place)) {
       return both_gradients(weight, grad_output, input, memory, values, known, input_index, shape, input_in_place);
     }
-    gradients.push_back(input_gradient(input, grad_output, values, input_index, shape, input_in_place));
+    gradients.push_back(input_gradient(input, grad_output, memory.input, values, input_index, shape, input_in_place));
   }
   if (needs_weight) {
     gradients.push_back(
-        weight_gradient(weight, grad_output, input, memory, known, weight_index, shape, weight_in_place));
+        weight_gradient(weight, grad_output, input, memory.weight, known, weight_index, shape, weight_in_place));
   }
   return gradients;
 }
@@ -173,7 +189,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(granet_cpp, m) {
   m.def(
       "masked_conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? stored, Tensor mask, "
       "Tensor[] known, Tensor[] input_index, Tensor[] weight_index, int[] shape, bool input_in_place, "
-      "bool weight_in_place, Tensor(a!)? memory, bool needs_input, bool needs_weight) -> Tensor[]");
+      "bool weight_in_place, Tensor(a!)? input_memory, Tensor(b!)? weight_memory, bool needs_input, "
+      "bool needs_weight) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(granet_cpp, CPU, m) { m.impl("masked_conv_backward", TORCH_BOX(&masked_conv_backward)); }

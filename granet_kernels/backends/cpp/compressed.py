@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from granet_kernels.backends.cpp.conv import conv_shape, evenly_spaced
+from granet_kernels.backends.cpp.conv import conv_shape, evenly_spaced, output_size
 from granet_kernels.backends.cpp.cost import chooses_sparse
 from granet_kernels.backends.cpp.index import (
     MOST_SHAPES,
@@ -53,6 +53,17 @@ class StoredWeight:
             if len(self._ordered) > MOST_SHAPES:
                 self._ordered.pop(next(iter(self._ordered)), None)
         return self._ordered[key]
+
+    def new_output(
+        self, size: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> Tensor:
+        """For a layer's output: its elements are arbitrary."""
+        output = self._active.memory.empty(size, dtype, memory_format)
+        return (
+            torch.empty(size, dtype=dtype, memory_format=memory_format)
+            if output is None
+            else output
+        )
 
     def dense(
         self, values: Tensor, mask: Tensor, shape: Sequence[int], dtype: torch.dtype
@@ -109,11 +120,7 @@ def compressed_conv2d(
         if residual is not None:
             output += residual
         return finished(output, relu, input.dtype).contiguous(memory_format=memory_format)
-    output = torch.empty(
-        (shape.batch, shape.out_channels, *shape.output_size),
-        dtype=input.dtype,
-        memory_format=memory_format,
-    )
+    output = stored.new_output(output_size(shape), input.dtype, memory_format)
     if residual is not None and residual.stride() != output.stride():
         residual = torch.empty_like(output).copy_(residual)
     input = evenly_spaced(input)
@@ -143,7 +150,8 @@ def compressed_linear(
         weight = stored.dense(values, mask, weight_shape, dtype)
         output = F.linear(input.to(dtype), weight, None if bias is None else bias.to(dtype))
         return finished(output, relu, input.dtype)
-    output = input.new_empty((*input.shape[:-1], weight_shape[0]))
+    output_shape = (*input.shape[:-1], weight_shape[0])
+    output = stored.new_output(output_shape, input.dtype, torch.contiguous_format)
     access = Access(channels_last=False, in_place=False)
     rows = output.view(-1, weight_shape[0])
     ordered = stored.ordered(values, shape, access)

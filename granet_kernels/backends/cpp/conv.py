@@ -6,7 +6,7 @@ The caller has checked the arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,8 @@ from granet_kernels.backends.cpp.index import (
     reads_in_place,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
-from granet_kernels.backends.cpp.sparse import Backward, sparse_gradients, sparse_output
+from granet_kernels.backends.cpp.sparse import Backward, Forward, sparse_gradients, sparse_output
 from granet_kernels.layout import conv_memory_format
-
-
-class Forward(NamedTuple):
-    """How the output of a sparse layer is computed."""
-
-    call: Call
-    channels_last: bool
-    """The layout of the output."""
-
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation and groups."""
@@ -182,8 +173,7 @@ def _sparse_forward(
     forward: Forward, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
 ) -> Any:
     """The output; ``NotImplemented`` where the mask has other bits than when this was prepared."""
-    call, channels_last = forward
-    return sparse_output(input, weight, mask, bias, call, channels_last=channels_last)
+    return sparse_output(input, weight, mask, bias, forward)
 
 
 def _sparse_backward(
@@ -244,7 +234,7 @@ def _prepare_forward(
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format)
     source = evenly_spaced(input)
     call = call_of(active, shape, "forward", weight, source, output)
-    forward = Forward(call, memory_format == torch.channels_last)
+    forward = Forward(call, size, memory_format)
     if source is input:
         active.keep(_forward_signature(input, weight, bias, geometry, algorithm), forward)
     return forward

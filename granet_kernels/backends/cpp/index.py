@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from granet_kernels.backends.cpp.memory import GradientMemory
+from granet_kernels.backends.cpp.memory import TensorMemory, shared_memory
 from granet_kernels.choices import choice_of
 from granet_kernels.weak_map import WeakTensorMap
 
@@ -138,8 +138,8 @@ class Call(NamedTuple):
     shape: list[int]
     in_place: bool
     fetched: Fetched
-    """Shared by all calls of a mask, as the next."""
-    memory: GradientMemory
+    """Shared by all calls of a mask."""
+    memory: TensorMemory
 
 
 class Fetched:
@@ -190,7 +190,7 @@ class ActiveWeights:
         self._positions: Tensor | None = None
         self.calls: OrderedDict[Signature, Any] = OrderedDict()
         self._fetched = Fetched()
-        self._memory = GradientMemory()
+        self.memory = shared_memory()
         self.choice = choice_of(mask)
         self.count = int(torch.ops.granet_cpp.count_active.default([mask]))
 
@@ -210,7 +210,7 @@ class ActiveWeights:
         """How a compiled operator is called for a shape."""
         index = self.index(shape, access, direction)
         known = [self._bits, self.positions(shape.weights)]
-        return Call(known, list(index), list(shape), access.in_place, self._fetched, self._memory)
+        return Call(known, list(index), list(shape), access.in_place, self._fetched, self.memory)
 
     def keep(self, signature: Signature, calls: Any) -> None:
         """Remember how a sparse layer is computed."""

@@ -25,15 +25,17 @@ from granet_kernels.backends.cpp.index import (
     kept_calls,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
-from granet_kernels.backends.cpp.sparse import Backward, sparse_gradients, sparse_output
+from granet_kernels.backends.cpp.sparse import Backward, Forward, sparse_gradients, sparse_output
 
 
 def try_masked_linear(
     input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *, algorithm: str = "auto"
 ) -> Any:
     """:func:`masked_linear` where a sparse call was alike, and so was checked; else ``NotImplemented``."""
-    call = kept_calls(mask, _signature("forward", algorithm, input, weight, bias))
-    return NotImplemented if call is None else _sparse_forward(call, input, weight, mask, bias)
+    forward = kept_calls(mask, _signature("forward", algorithm, input, weight, bias))
+    if forward is None:
+        return NotImplemented
+    return _sparse_forward(forward, input, weight, mask, bias)
 
 
 def masked_linear(
@@ -46,9 +48,11 @@ def masked_linear(
         if active is None:
             bias = None if bias is None else bias.to(input.dtype)
             return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
+        size = as_rows(input).size(0), weight.size(0)
         call = _call_of(active, "forward", input, weight)
-        active.keep(_signature("forward", algorithm, input, weight, bias), call)
-        output = _sparse_forward(call, input, weight, mask, bias)
+        forward = Forward(call, size, torch.contiguous_format)
+        active.keep(_signature("forward", algorithm, input, weight, bias), forward)
+        output = _sparse_forward(forward, input, weight, mask, bias)
     return output  # type: ignore[no-any-return]
 
 
@@ -125,10 +129,10 @@ def _dense_backward(
 
 
 def _sparse_forward(
-    call: Call, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+    forward: Forward, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
 ) -> Any:
     """The output; ``NotImplemented`` where the mask has other bits than when this was prepared."""
-    output = sparse_output(as_rows(input), weight, mask, bias, call)
+    output = sparse_output(as_rows(input), weight, mask, bias, forward)
     if output is NotImplemented or input.dim() == 2:
         return output
     return output.view(*input.shape[:-1], weight.size(0))

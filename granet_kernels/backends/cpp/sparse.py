@@ -15,6 +15,14 @@ _masked_conv = operator("masked_conv")
 _masked_conv_backward = operator("masked_conv_backward")
 
 
+class Forward(NamedTuple):
+    """How the output of a sparse layer is computed, and its layout."""
+
+    call: Call
+    size: Sequence[int]
+    memory_format: torch.memory_format
+
+
 class Backward(NamedTuple):
     """How the gradients of a sparse layer are computed."""
 
@@ -27,18 +35,20 @@ def sparse_output(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
-    call: Call,
-    *,
-    channels_last: bool = False,
+    forward: Forward,
 ) -> Any:
     """The output of a layer; the bias is rounded to the input's dtype first.
 
-    ``NotImplemented``, and nothing is computed, where the mask has other bits than the call was made for.
+    ``NotImplemented``, and nothing is computed, where the mask has other bits than when this was prepared.
     """
     if bias is not None:
         bias = _as_float(bias, input.dtype)
-    known, entries, shape, in_place, fetched, _ = call
-    done = _masked_conv(input, weight, mask, known, entries, bias, shape, in_place, channels_last)
+    (known, entries, shape, in_place, fetched, memory), size, memory_format = forward
+    target = memory.empty(size, input.dtype, memory_format)
+    channels_last = memory_format == torch.channels_last
+    done = _masked_conv(
+        *(input, weight, mask, known, entries, bias, target, shape, in_place, channels_last)
+    )
     if not done:
         return NotImplemented
     output, stored = done
@@ -63,7 +73,9 @@ def sparse_gradients(
     gradients = _masked_conv_backward(
         *(grad_output, input, weight, fetched.values(weight, input.dtype), mask, known, entries),
         *(backward.weight.entries, shape, in_place, backward.weight.in_place),
-        *(memory.like(weight) if needs_weight else None, needs_input, needs_weight),
+        memory.like(input) if needs_input else None,
+        memory.like(weight) if needs_weight else None,
+        *(needs_input, needs_weight),
     )
     return gradients or NotImplemented
 
