@@ -3,26 +3,41 @@
 import gc
 import threading
 import weakref
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from granet_kernels import MaskedConv2d, MaskedLinear, compress, use_backend
-from granet_kernels.selftest import backends_with
 
-pytestmark = pytest.mark.skipif(
-    "cpp" not in backends_with("masked_linear"), reason="the cpp backend is not built"
-)
+memory = pytest.importorskip("granet_kernels.backends.cpp.memory", exc_type=ImportError)
 
 
 @pytest.fixture(autouse=True)
 def kept_from_the_first_byte(monkeypatch):
-    from granet_kernels.backends.cpp import memory
-
     monkeypatch.setattr(memory, "LEAST_BYTES", 1)
     monkeypatch.setattr(memory, "_shared", None)  # that of other tests' layers
     with use_backend("cpp"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """The blocks that a test has come to need. It is about nothing if there are none."""
+    needed = []
+
+    class Noted(memory._Block):
+        __slots__ = ()
+
+        def __init__(self, size):
+            super().__init__(size)
+            needed.append(size)
+
+    monkeypatch.setattr(memory, "_Block", Noted)
+    seen = []
+    yield SimpleNamespace(clear=lambda: seen.extend(needed) or needed.clear(), blocks=needed)
+    assert seen or needed
 
 
 def linear_layer(dtype=torch.float32):
@@ -132,21 +147,19 @@ def test_two_layers_that_share_a_weight():
 
 
 def test_memory_goes_with_the_last_layer():
-    from granet_kernels.backends.cpp.memory import shared_memory
-
     first, second = linear_layer(), linear_layer()
     backward(first)
     backward(second)
-    memory = weakref.ref(shared_memory())
+    shared = weakref.ref(memory.shared_memory())
     del first
     gc.collect()
-    assert memory() is not None
+    assert shared() is not None
     second.weight.grad = None
-    block = weakref.ref(memory()._returned[0])
+    numbers = weakref.ref(shared()._free[0].memory)
     del second
     gc.collect()
-    assert memory() is None
-    assert block() is None
+    assert shared() is None
+    assert numbers() is None
 
 
 def test_a_gradient_may_be_written_to_and_detached():
@@ -234,18 +247,17 @@ def test_gradients_through_inputs_with_gaps():
     torch.testing.assert_close(*gradients)
 
 
-def test_outputs_of_a_compressed_layer():
+def test_outputs_of_a_compressed_layer(fresh):
     layer = compress(conv_layer().eval())
     layer.algorithm = "sparse"
     x = torch.randn(2, 9, 8, 7)
     with torch.inference_mode():
         first = layer(x)
-        address = first.data_ptr()
         expected = first.clone()
         first.fill_(float("nan"))
         del first
         again = layer(x)
-    assert again.data_ptr() == address
+    assert len(fresh.blocks) == 1
     assert torch.equal(again, expected)
 
 
@@ -254,8 +266,6 @@ def floats(memory, number):
 
 
 def test_small_tensors_are_torchs(monkeypatch):
-    from granet_kernels.backends.cpp import memory
-
     monkeypatch.setattr(memory, "LEAST_BYTES", 400)
     lent = memory.TensorMemory()
     assert floats(lent, 99) is None
@@ -264,50 +274,104 @@ def test_small_tensors_are_torchs(monkeypatch):
     assert lent.like(torch.empty(4, 25)).shape == (4, 25)
 
 
-def test_what_fits_best_is_lent_and_nothing_twice_as_large():
-    from granet_kernels.backends.cpp.memory import TensorMemory
-
-    memory = TensorMemory()
-    tensors = [floats(memory, number) for number in (301, 250, 401)]
+def test_what_fits_best_is_lent_and_nothing_more_than_twice_as_large():
+    lent = memory.TensorMemory()
+    tensors = [floats(lent, number) for number in (301, 250, 401)]
     addresses = [tensor.data_ptr() for tensor in tensors]
     del tensors
-    again = [floats(memory, number) for number in (200, 200, 200)]
+    again = [floats(lent, number) for number in (200, 200, 200)]
     assert [tensor.data_ptr() for tensor in again[:2]] == [addresses[1], addresses[0]]
     assert again[2].data_ptr() != addresses[2]
 
 
 def test_the_last_freed_of_a_size_is_lent_first():
-    from granet_kernels.backends.cpp.memory import TensorMemory
-
-    memory = TensorMemory()
-    first, second = floats(memory, 100), floats(memory, 100)
+    lent = memory.TensorMemory()
+    first, second = floats(lent, 100), floats(lent, 100)
     address = first.data_ptr()
     del second
     del first
-    assert floats(memory, 100).data_ptr() == address
+    assert floats(lent, 100).data_ptr() == address
 
 
-def test_no_more_is_held_than_was_lent_at_one_time():
-    from granet_kernels.backends.cpp.memory import TensorMemory
-
-    memory = TensorMemory()
-    both = floats(memory, 1000), floats(memory, 300)
-    del both
-    for number in (100, 3000, 30, 1000, 10):
-        assert floats(memory, number) is not None
-        held = memory._lent + memory._bytes_free()
-        assert held <= 4 * max(1300, 3000 if number != 100 else 0)
-    assert memory._most == 4 * 3000
+# Elements of the tensors of a step, each freed when the next two are there, or after the last one.
+CHAINS = {
+    "alternating": [1000, 3000],
+    "resnet": [802, 802, 205, 205, 802, 205, 205, 802, 411, 103, 411, 103, 103, 411, 206, 51, 206],
+}
 
 
-def test_nobody_waits_for_memory():
-    """As a process would for ever that was forked while another thread was being lent some."""
-    from granet_kernels.backends.cpp.memory import TensorMemory
+@pytest.mark.parametrize("saved", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+def test_steps_that_repeat_need_nothing_new(chain, saved, fresh):
+    lent = memory.TensorMemory()
 
-    memory = TensorMemory()
-    with memory._lock:
-        assert floats(memory, 100) is None
-        assert memory.like(torch.empty(100)) is None
+    def step():
+        alive = deque(maxlen=None if saved else 2)
+        alive.extend(floats(lent, number) for number in chain)
+
+    step()
+    fresh.clear()
+    for _ in range(5):
+        step()
+    assert not fresh.blocks
+    assert sum(block.bytes for block in lent._free) <= 4 * sum(chain)
+
+
+def test_a_tensor_that_grows_leaves_nothing_behind():
+    lent = memory.TensorMemory()
+    for number in range(100, 400, 7):
+        floats(lent, number)
+    assert [block.bytes for block in lent._free] == [4 * 394]
+
+
+def test_what_is_not_used_goes():
+    lent = memory.TensorMemory()
+    big = [floats(lent, 1000) for _ in range(3)]
+    del big
+    for _ in range(memory.LONGEST_IDLE - 2):
+        floats(lent, 100)
+    assert len(lent._free) == 3 + 1
+    for _ in range(3):
+        floats(lent, 100)
+    assert [block.bytes for block in lent._free] == [400]
+
+
+def test_without_memory_the_free_blocks_go(monkeypatch):
+    lent = memory.TensorMemory()
+    floats(lent, 100)
+
+    def fail(size):
+        raise RuntimeError("can't allocate memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(memory, "_Block", fail)
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            floats(lent, 1000)
+    assert not lent._free
+    assert floats(lent, 1000).shape == (1000,)
+
+
+def test_a_loan_outlives_the_memory():
+    lent = memory.TensorMemory()
+    tensor = floats(lent, 100).fill_(3)
+    del lent
+    gc.collect()
+    assert tensor.sum() == 300
+
+
+def test_a_loan_in_shared_memory(fresh):
+    lent = memory.TensorMemory()
+    tensor = floats(lent, 100).fill_(3)
+    tensor.share_memory_()  # it moves, and its block is free
+    floats(lent, 100).fill_(7)
+    assert len(fresh.blocks) == 1
+    assert tensor.sum() == 300
+
+
+def test_what_a_loan_cannot_do():
+    tensor = floats(memory.TensorMemory(), 100)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        tensor.resize_(1000)
 
 
 def test_threads_share_the_memory():

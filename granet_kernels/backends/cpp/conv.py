@@ -26,6 +26,7 @@ from granet_kernels.backends.cpp.index import (
     reads_in_place,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
+from granet_kernels.backends.cpp.memory import is_large
 from granet_kernels.backends.cpp.sparse import Backward, Forward, sparse_gradients, sparse_output
 from granet_kernels.layout import conv_memory_format
 
@@ -234,7 +235,7 @@ def _prepare_forward(
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format)
     source = evenly_spaced(input)
     call = call_of(active, shape, "forward", weight, source, output)
-    forward = Forward(call, size, memory_format)
+    forward = Forward(call, memory_format, size if is_large(size, input.dtype) else None)
     if source is input:
         active.keep(_forward_signature(input, weight, bias, geometry, algorithm), forward)
     return forward

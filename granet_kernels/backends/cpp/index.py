@@ -140,6 +140,7 @@ class Call(NamedTuple):
     fetched: Fetched
     """Shared by all calls of a mask."""
     memory: TensorMemory
+    """Shared by all layers."""
 
 
 class Fetched:

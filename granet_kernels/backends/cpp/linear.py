@@ -25,6 +25,7 @@ from granet_kernels.backends.cpp.index import (
     kept_calls,
 )
 from granet_kernels.backends.cpp.mask import mask_cast, mask_grad
+from granet_kernels.backends.cpp.memory import is_large
 from granet_kernels.backends.cpp.sparse import Backward, Forward, sparse_gradients, sparse_output
 
 
@@ -50,7 +51,8 @@ def masked_linear(
             return F.linear(input, mask_cast(weight, mask, input.dtype), bias)
         size = as_rows(input).size(0), weight.size(0)
         call = _call_of(active, "forward", input, weight)
-        forward = Forward(call, size, torch.contiguous_format)
+        large = size if is_large(size, input.dtype) else None
+        forward = Forward(call, torch.contiguous_format, large)
         active.keep(_signature("forward", algorithm, input, weight, bias), forward)
         output = _sparse_forward(forward, input, weight, mask, bias)
     return output  # type: ignore[no-any-return]

@@ -16,11 +16,13 @@ _masked_conv_backward = operator("masked_conv_backward")
 
 
 class Forward(NamedTuple):
-    """How the output of a sparse layer is computed, and its layout."""
+    """How the output of a sparse layer is computed."""
 
     call: Call
-    size: Sequence[int]
     memory_format: torch.memory_format
+    """Of the output."""
+    large: Sequence[int] | None
+    """Its size, where its memory is kept."""
 
 
 class Backward(NamedTuple):
@@ -43,8 +45,8 @@ def sparse_output(
     """
     if bias is not None:
         bias = _as_float(bias, input.dtype)
-    (known, entries, shape, in_place, fetched, memory), size, memory_format = forward
-    target = memory.empty(size, input.dtype, memory_format)
+    (known, entries, shape, in_place, fetched, memory), memory_format, large = forward
+    target = None if large is None else memory.empty(large, input.dtype, memory_format)
     channels_last = memory_format == torch.channels_last
     done = _masked_conv(
         *(input, weight, mask, known, entries, bias, target, shape, in_place, channels_last)
