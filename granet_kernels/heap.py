@@ -13,20 +13,24 @@ _NEVER = -1
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, from one training step to the next; for glibc.
 
-    glibc gives blocks of 32 MB and more, and what is free at the end of its heap, back to the system,
-    which clears every page before it hands it out again. A step allocates its activations anew: where the
-    gradient of a layer's input has 103 MB, its forward and backward pass takes 0.6 to 0.8 of the time on
-    one thread of a Xeon and 0.3 to 0.55 on two. PyTorch's own operators gain likewise.
+    A block that fits no free piece of glibc's heap and is larger than a threshold, of at most 32 MiB,
+    comes from the system and goes back to it when it is freed; so does the end of the heap, when much of
+    it is free. The system clears every page before it hands it out again, and a training step allocates
+    its activations anew. Large outputs and gradients of this library's sparse layers have memory that is
+    kept anyway; this is for all other tensors. What it gains depends on what room the heap has by itself,
+    from nothing to half of a dense layer's time: docs/performance.md, "Memory that is kept".
 
-    Call it before the first large tensor. It holds for everything in the process, and for good; resident
-    memory stays at its peak, and pieces that fit nothing can raise that (by 1 to 15 % in steps of
-    ResNets). Environment variables do the same for programs that cannot be changed:
-    ``MALLOC_MMAP_MAX_=0`` and ``MALLOC_TRIM_THRESHOLD_=68719476736``. jemalloc and tcmalloc, where
-    preloaded, keep memory by themselves and do not notice.
+    Call it before the first large tensor: blocks that came from the system before still go back to it.
+    It holds for good, and for blocks of the main thread; other threads have heaps of 64 MiB at most, and
+    what does not fit those still comes from the system. Processes that are started do not inherit it;
+    they do inherit environment variables that do the same, ``MALLOC_MMAP_MAX_=0`` and
+    ``MALLOC_TRIM_THRESHOLD_=68719476736``, which also serve programs that cannot be changed. Resident
+    memory stays at its peak, which free pieces that are too small to be used again can raise.
 
     Returns:
-        Whether the C library has taken both settings. False, and nothing changed, where it has no
-        ``mallopt``: on musl, macOS and Windows.
+        Whether the C library has taken both settings. False where it has no ``mallopt`` (musl, macOS,
+        Windows), or refused one; the other then holds. True says nothing of another allocator that is
+        preloaded (jemalloc, tcmalloc): such have settings of their own.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -34,4 +38,5 @@ def keep_freed_memory() -> bool:
         return False
     mallopt.argtypes = (ctypes.c_int, ctypes.c_int)
     mallopt.restype = ctypes.c_int
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    taken = [mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _NEVER)]
+    return all(taken)

@@ -17,7 +17,18 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: `bench` is not installed, everything else is
 
-from bench.cpu import account, host, layers, networks, rows, shapes, summary, targets, verdict  # noqa: E402
+from bench.cpu import (  # noqa: E402
+    account,
+    host,
+    kept_memory,
+    layers,
+    networks,
+    rows,
+    shapes,
+    summary,
+    targets,
+    verdict,
+)
 from bench.cpu.effort import FULL, QUICK  # noqa: E402
 from bench.cpu.race import Contender, Race  # noqa: E402
 from bench.cpu.targets import Target  # noqa: E402
@@ -293,7 +304,8 @@ def test_masks_of_rising_sparsity_contain_one_another():
 def test_a_quick_group(tmp_path):
     command = [sys.executable, "-m", "pytest", "bench/cpu/test_linear.py", "--quick", "-q"]
     command += ["--benchmark-quiet", "--bench-out", str(tmp_path), "--bench-name", "cpu-linear"]
-    command += ["--bench-keep-memory"]
+    has_glibc = platform.libc_ver()[0] == "glibc"
+    command += ["--bench-keep-memory"] if has_glibc else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -305,8 +317,18 @@ def test_a_quick_group(tmp_path):
     dense = [r for r in measured if (r["group"], r["baseline"]) == ("linear", "dense")]
     assert [row["measure"] for row in dense] == ["forward", "forward+backward"]
     assert all(float(row["ours_ms"]) > 0 and row["threads"] == "1" for row in dense)
-    kept = "kept" if platform.libc_ver()[0] == "glibc" else ""
-    assert {row["memory"] for row in measured} == {kept}
+    assert {row["memory"] for row in measured} == {"kept" if has_glibc else ""}
+
+
+def test_what_a_process_with_freed_memory_measures(monkeypatch):
+    monkeypatch.setitem(kept_memory.CASES, "tiny", shapes.ConvShape(8, 8, 8, 1, 1, 2))
+    threads = torch.get_num_threads()
+    try:
+        found = kept_memory.measured("tiny", "ours", 1, kept_memory.FREED)
+    finally:
+        torch.set_num_threads(threads)
+    assert [row["measure"] for row in found] == ["forward", "forward+backward"]
+    assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in found)
 
 
 # --- what is published ----------------------------------------------------------------------------

@@ -34,8 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = []
-    kept = config.getoption("--bench-keep-memory") and keep_freed_memory()
-    config.stash[COLUMNS] = host.describe(ALL_THREADS, kept=kept)
+    keeps = config.getoption("--bench-keep-memory")
+    if keeps and not keep_freed_memory():
+        raise pytest.UsageError(
+            "--bench-keep-memory: this C library has no setting for freed memory"
+        )
+    config.stash[COLUMNS] = host.describe(ALL_THREADS, kept=keeps)
 
 
 LEDGER = pytest.StashKey[list[rows.Row]]()
@@ -117,7 +121,7 @@ def with_means(config: pytest.Config) -> list[rows.Row]:
 
 
 @pytest.fixture(autouse=True)
-def kept(request: pytest.FixtureRequest):
+def saved(request: pytest.FixtureRequest):
     """Writes the CSV after every test: a run that is cut short keeps what it has."""
     yield
     config = request.config
